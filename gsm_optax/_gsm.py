@@ -1,0 +1,165 @@
+"""Global Sparse Momentum SGD: selection, then optax's decay, momentum and step."""
+
+from typing import Any
+
+import jax
+import optax
+
+from gsm_optax._checks import check_momentum, check_weight_decay
+from gsm_optax._importance import (
+    Importance,
+    Prunable,
+    kernels,
+    prunable_tree,
+    taylor_importance,
+)
+from gsm_optax._masking import mask_by_importance
+
+
+def gsm(
+    ratio: Any,
+    *,
+    momentum: jax.typing.ArrayLike = 0.98,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    nesterov: bool = False,
+    importance: Importance = taylor_importance,
+    prunable: Prunable = kernels,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Global Sparse Momentum: the direction, to be scaled by a learning rate.
+
+    For every prunable leaf :math:`W` with momentum :math:`Z` and gradient :math:`g`,
+
+    .. math::
+        Z &\leftarrow \beta Z + \eta W + B \circ g \\
+        u &= Z
+
+    (equation 8 of Ding et al., 2019), where :math:`B` marks the
+    :math:`Q = N - \mathrm{round}(ratio \cdot N)` entries of greatest
+    :math:`|W \circ g|` of the whole model. Passive entries are only decayed and go to
+    zero as :math:`\exp(-\sum_k \alpha_k \eta / (1 - \beta))`: see `decay_budget`. When
+    that is small, `prune` removes them without loss. Leaves that are not prunable get
+    plain momentum SGD without decay.
+
+    It is three transformations in a chain: `mask_by_importance`,
+    `optax.add_decayed_weights`, `optax.trace`. Momentum is inside: follow it with a
+    step size, `optax.chain(gsm(ratio=0.95), optax.scale_by_learning_rate(lr))`, not
+    with another optimizer. Clipping goes before it.
+
+    Args:
+        ratio: fraction of the prunable entries to prune, in [0, 1); 1 - 1/C for a
+            compression of C. A float, an optax schedule, or a scalar array.
+        momentum: :math:`\beta`, in [0, 1).
+        weight_decay: :math:`\eta`, not negative, a float or an optax schedule; added to
+            every prunable entry after masking.
+        nesterov: whether to use Nesterov momentum.
+        importance: `(param, grad) -> score`; first-order Taylor by default.
+        prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
+            default the inexact leaves of rank 2 or more.
+        accumulator_dtype: dtype of the momentum; by default that of the parameters.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`. Its updates point uphill, like those
+        of `optax.trace`; `optax.scale_by_learning_rate` turns them round.
+
+    Raises:
+        ValueError: for arguments outside their range; see `mask_by_importance`.
+
+    Example:
+        The one most important entry is trained, the others only decay:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gsm_optax import gsm
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+        >>> tx = optax.chain(
+        ...     gsm(ratio=0.75, momentum=0.9, weight_decay=0.1),
+        ...     optax.scale_by_learning_rate(0.1),
+        ... )
+        >>> state = tx.init(params)
+        >>> loss = lambda params: (jnp.sum(params["kernel"]) - 4.0) ** 2
+        >>> for _ in range(200):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(jnp.abs(params["kernel"]).round(1))
+        [[0.  0. ]
+         [3.8 0. ]]
+
+    References:
+        Ding et al., *Global Sparse Momentum SGD for Pruning Very Deep Neural Networks*,
+        NeurIPS 2019, https://arxiv.org/abs/1909.12778
+    """
+    check_momentum(momentum)
+    check_weight_decay(weight_decay)
+    return optax.chain(
+        mask_by_importance(ratio, importance=importance, prunable=prunable),
+        optax.add_decayed_weights(
+            weight_decay, mask=lambda params: prunable_tree(prunable, params)
+        ),
+        optax.trace(momentum, nesterov, accumulator_dtype),
+    )
+
+
+def gsm_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    ratio: Any,
+    *,
+    momentum: jax.typing.ArrayLike = 0.98,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    nesterov: bool = False,
+    importance: Importance = taylor_importance,
+    prunable: Prunable = kernels,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Global Sparse Momentum SGD: an optimizer that prunes while it trains.
+
+    `gsm` followed by :math:`W \leftarrow W - \alpha u`, the analogue of `optax.sgd`.
+
+    Args:
+        learning_rate: :math:`\alpha`, a float or an optax schedule.
+        ratio: fraction of the prunable entries to prune, in [0, 1); 1 - 1/C for a
+            compression of C. A float, an optax schedule, or a scalar array.
+        momentum: :math:`\beta`, in [0, 1).
+        weight_decay: :math:`\eta`, not negative, a float or an optax schedule.
+        nesterov: whether to use Nesterov momentum.
+        importance: `(param, grad) -> score`; first-order Taylor by default.
+        prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
+            default the inexact leaves of rank 2 or more.
+        accumulator_dtype: dtype of the momentum; by default that of the parameters.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to be used as any optax optimizer.
+
+    Raises:
+        ValueError: for arguments outside their range; see `mask_by_importance`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gsm_optax import gsm_sgd, prune
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+        >>> tx = gsm_sgd(0.1, ratio=0.5, momentum=0.9, weight_decay=0.1)
+        >>> state = tx.init(params)
+        >>> loss = lambda params: (jnp.sum(params["kernel"]) - 4.0) ** 2
+        >>> for _ in range(200):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int(optax.tree.get(state, "num_active"))
+        2
+        >>> print(f"{loss(params):.4f} before, {loss(prune(params, 0.5)):.4f} pruned")
+        0.0095 before, 0.0096 pruned
+
+    References:
+        Ding et al., *Global Sparse Momentum SGD for Pruning Very Deep Neural Networks*,
+        NeurIPS 2019, https://arxiv.org/abs/1909.12778
+    """
+    return optax.chain(
+        gsm(
+            ratio,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            importance=importance,
+            prunable=prunable,
+            accumulator_dtype=accumulator_dtype,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

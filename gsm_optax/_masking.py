@@ -1,0 +1,141 @@
+"""The gradient of the most important entries only."""
+
+from itertools import compress
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gsm_optax._checks import check_ratio
+from gsm_optax._importance import (
+    Importance,
+    Prunable,
+    check_any_prunable,
+    is_inexact,
+    kernels,
+    prunable_tree,
+    scores_of,
+    taylor_importance,
+)
+from gsm_optax._selection import is_active, num_kept, select
+
+
+class MaskByImportanceState(NamedTuple):
+    """State of `mask_by_importance`: what the last choice came to."""
+
+    threshold: jax.Array  # float32, shape (): least score that was active
+    num_active: jax.Array  # int32, shape (): entries that got their gradient
+    step: jax.Array | None  # int32, shape (): only where ratio is a schedule
+
+
+def mask_by_importance(
+    ratio: Any,
+    *,
+    importance: Importance = taylor_importance,
+    prunable: Prunable = kernels,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep the gradient of the most important entries of the whole model.
+
+    With :math:`N` prunable entries and :math:`Q = N - \mathrm{round}(ratio \cdot N)`,
+
+    .. math::
+        T = |\theta \cdot g|, \qquad
+        B = [\,T \ge \text{the } Q\text{-th greatest } T\,], \qquad
+        g \leftarrow B \circ g
+
+    chosen anew at every step, exactly, over all prunable leaves together (equations 4
+    to 7 of Ding et al., 2019). Entries that tie with the threshold are all active; a
+    score of zero is active only if :math:`Q = N`, so a pruned weight stays pruned; a
+    NaN score is always active, so that it shows. Leaves that are not prunable keep
+    their whole gradient. Updates keep their dtype; scores are float32.
+
+    This is the selection alone. Decay and momentum make it prune: see `gsm`. It goes
+    before any optimizer: `optax.chain(mask_by_importance(0.9), optax.adamw(1e-3))`.
+
+    Gradients must be averaged over data-parallel devices before they come here, as
+    under any jit with sharded batches they are.
+
+    Args:
+        ratio: fraction of the prunable entries that is passive, in [0, 1): a float, an
+            optax schedule of the step, or a scalar array (`optax.inject_hyperparams`).
+            Arrays and schedules are float32 and clipped to what is possible.
+        importance: `(param, grad) -> score`, elementwise, float32 in and out.
+        prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
+            default the inexact leaves of rank 2 or more.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its
+        state holds two scalars, `threshold` and `num_active` (and the step, if `ratio`
+        is a schedule); read them with `optax.tree.get(state, "num_active")`.
+
+    Raises:
+        ValueError: for a ratio outside [0, 1); from `init` if no leaf is prunable or
+            `prunable` does not match; from `update` without `params`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gsm_optax import mask_by_importance
+        >>> tx = mask_by_importance(ratio=0.75)
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+        >>> grads = {"kernel": jnp.array([[0.1, 0.4], [-0.2, 0.6]])}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> updates["kernel"].tolist()  # 0.8 is the greatest of |param * grad|
+        [[0.0, 0.4...], [0.0, 0.0]]
+
+    References:
+        Ding et al., *Global Sparse Momentum SGD for Pruning Very Deep Neural Networks*,
+        NeurIPS 2019, https://arxiv.org/abs/1909.12778
+    """
+    check_ratio(ratio)
+    score = scores_of(importance)
+
+    def init_fn(params: Any) -> Any:
+        check_any_prunable(prunable_tree(prunable, params), params)
+        step = jnp.zeros((), jnp.int32) if callable(ratio) else None
+        return MaskByImportanceState(
+            jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), step
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "mask_by_importance compares |param * grad| and needs the parameters: "
+                "call tx.update(grads, state, params)."
+            )
+        grads, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
+        pairs = list(zip(treedef.flatten_up_to(params), grads, strict=True))
+        flags = [
+            flag is True and grad is not None and is_inexact(grad)
+            for flag, grad in zip(
+                treedef.flatten_up_to(prunable_tree(prunable, params)),
+                grads,
+                strict=True,
+            )
+        ]
+        # A gradient that is still a fused expression could be rounded differently in
+        # the search and in the mask; behind the barrier both read the same bits.
+        chosen = jax.lax.optimization_barrier(list(compress(pairs, flags)))
+        total = sum(grad.size for _, grad in chosen)
+        ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
+        threshold, num_active = select(
+            score, jax.lax.stop_gradient(chosen), num_kept(ratio_now, total)
+        )
+        masked = iter(
+            jnp.where(is_active(score(param, grad), threshold), grad, 0)
+            for param, grad in chosen
+        )
+        updates = [
+            next(masked) if flag else grad
+            for flag, grad in zip(flags, grads, strict=True)
+        ]
+        step: Any = optax.safe_increment(state.step) if callable(ratio) else None
+        new_state = MaskByImportanceState(threshold, num_active, step)
+        return jax.tree.unflatten(treedef, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -1,0 +1,288 @@
+"""How sparse a model is: exact counts per leaf and in total, to read or to process."""
+
+import html
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsm_optax._importance import Prunable, is_inexact, kernels, prunable_tree
+from gsm_optax._selection import count_reaching
+
+DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
+EDGES = tuple(10.0**exponent for exponent in DECADES)
+
+MAGNITUDES = (
+    "exactly 0",
+    "below 1e-8",
+    *(f"1e{a} to 1e{b}" for a, b in pairwise(DECADES)),
+    "1 and above",
+    "NaN",
+)
+"""Names of the magnitude classes, in the order of `LeafSparsity.magnitudes`."""
+
+
+@dataclass(frozen=True)
+class LeafSparsity:
+    """Counts of one leaf, or of several together (`shape` is then None)."""
+
+    path: str
+    shape: tuple[int, ...] | None
+    prunable: bool
+    magnitudes: tuple[int, ...]  # entries of each class in MAGNITUDES
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return sum(self.magnitudes)
+
+    @property
+    def nonzero(self) -> int:
+        """Number of entries that are not exactly zero (NaN included)."""
+        return self.entries - self.magnitudes[0]
+
+    @property
+    def density(self) -> float:
+        """Non-zero fraction, in [0, 1]; NaN for a leaf without entries."""
+        return self.nonzero / self.entries if self.entries else math.nan
+
+    @property
+    def compression(self) -> float:
+        """Entries per non-zero entry; inf if all are zero, NaN without entries."""
+        if not self.entries:
+            return math.nan
+        return self.entries / self.nonzero if self.nonzero else math.inf
+
+    def below(self, magnitude: float) -> float:
+        """Fraction of the entries that are smaller than `magnitude`, a power of ten.
+
+        Args:
+            magnitude: one of 1e-8, 1e-7, ..., 1.
+
+        Returns:
+            A fraction in [0, 1], zeros included and NaN not.
+
+        Raises:
+            ValueError: if `magnitude` is not one of the edges that were counted.
+        """
+        for i, edge in enumerate(EDGES):
+            if math.isclose(edge, magnitude):
+                return sum(self.magnitudes[: i + 2]) / max(self.entries, 1)
+        raise ValueError(f"magnitude={magnitude} is not one of {EDGES}.")
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Counts of a pytree, leaf by leaf; print it, or let a notebook show it."""
+
+    leaves: tuple[LeafSparsity, ...]
+
+    @property
+    def prunable(self) -> LeafSparsity:
+        """All prunable leaves together."""
+        return _together("prunable", (leaf for leaf in self.leaves if leaf.prunable))
+
+    @property
+    def total(self) -> LeafSparsity:
+        """All leaves together."""
+        return _together("all", self.leaves)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one plain dict a leaf, for `json.dump` or `pandas.DataFrame`."""
+        return [
+            {
+                "path": leaf.path,
+                "shape": list(leaf.shape or ()),
+                "prunable": leaf.prunable,
+                "entries": leaf.entries,
+                "nonzero": leaf.nonzero,
+                "density": leaf.density,
+                "compression": leaf.compression,
+                "magnitudes": dict(zip(MAGNITUDES, leaf.magnitudes, strict=True)),
+            }
+            for leaf in self.leaves
+        ]
+
+    def to_markdown(self) -> str:
+        """Return the table of leaves and totals in GitHub's Markdown."""
+        head, *rows = _table(self)
+        lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+    def __str__(self) -> str:
+        """Return aligned tables of the leaves and of the magnitudes."""
+        table = _table(self)
+        magnitudes = _magnitude_rows(self.prunable)
+        if not magnitudes:
+            return _align(table)
+        bars = [[*row, "▇" * round(30 * part)] for *row, part in magnitudes]
+        return f"{_align(table)}\n\nmagnitude of the prunable entries\n{_align(bars)}"
+
+    def _repr_html_(self) -> str:
+        head, *rows = _table(self)
+        bars = [
+            [*row, f"<meter style='width:12em' value='{part:.4f}'></meter>"]
+            for *row, part in _magnitude_rows(self.prunable)
+        ]
+        leaves = _html_rows([head], "th") + _html_rows(rows, "td")
+        caption = "<caption>magnitude of the prunable entries</caption>"
+        magnitudes = f"<table>{caption}{''.join(map(_html_bar, bars))}</table>"
+        return f"<table>{leaves}</table>" + (magnitudes if bars else "")
+
+
+def sparsity_report(
+    params_or_mask: Any, *, prunable: Prunable = kernels
+) -> SparsityReport:
+    """Count the zeros of every leaf, and the magnitudes of the rest by decade.
+
+    Near-zero counts show `gsm` at work before anything is pruned: entries wander down
+    the decades while the accuracy holds.
+
+    Args:
+        params_or_mask: pytree of arrays of any shape and dtype: parameters, or a mask
+            of bools (`False` counts as zero).
+        prunable: which leaves the totals by magnitude are taken over: pytree prefix of
+            bools, or a callable `params -> such a prefix`. By default leaves of rank 2
+            or more.
+
+    Returns:
+        A `SparsityReport`: `print(report)` is an aligned table, in a notebook it is
+        HTML; `to_markdown()` and `to_records()` convert it. Counts are exact integers,
+        taken where the arrays are; only the counts leave the device.
+
+    Raises:
+        ValueError: if `prunable` does not match the tree.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gsm_optax import sparsity_report
+        >>> report = sparsity_report({
+        ...     "bias": jnp.ones(2),
+        ...     "kernel": jnp.array([[0.0, 3e-5], [0.0, 0.2], [0.0, 0.1]]),
+        ... })
+        >>> print(report)
+        path      shape  entries  non-zero  density  compression
+        bias      2            2         2  100.00%         1.0x
+        kernel    3x2          6         3   50.00%         2.0x
+        prunable               6         3   50.00%         2.0x
+        all                    8         5   62.50%         1.6x
+        <BLANKLINE>
+        magnitude of the prunable entries
+        exactly 0     3  50.00%  ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
+        1e-5 to 1e-4  1  16.67%  ▇▇▇▇▇
+        1e-4 to 1e-3  0   0.00%
+        1e-3 to 1e-2  0   0.00%
+        1e-2 to 1e-1  0   0.00%
+        1e-1 to 1e0   2  33.33%  ▇▇▇▇▇▇▇▇▇▇
+    """
+    # A mask stands for the parameters it masks, so its bools count as inexact here.
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _countable(x)), params_or_mask
+    )
+    flags = jax.tree.leaves(prunable_tree(prunable, shapes))
+    paths = jax.tree_util.tree_leaves_with_path(params_or_mask)
+    return SparsityReport(
+        tuple(
+            LeafSparsity(
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                jnp.shape(leaf),
+                flag,
+                _magnitudes(jnp.asarray(leaf)),
+            )
+            for (path, leaf), flag in zip(paths, flags, strict=True)
+        )
+    )
+
+
+def _countable(leaf: Any) -> Any:
+    dtype = jnp.result_type(leaf)
+    return jnp.float32 if dtype == jnp.bool_ else dtype
+
+
+def _magnitude(leaf: jax.Array) -> jax.Array:
+    return jnp.abs(leaf if is_inexact(leaf) else leaf.astype(jnp.float32)).astype(
+        jnp.float32
+    )
+
+
+def _magnitudes(leaf: jax.Array) -> tuple[int, ...]:
+    # The smallest float above zero, so that the first count is of all non-zeros.
+    least = float(jnp.finfo(jnp.float32).smallest_subnormal)
+    reaching = count_reaching(_magnitude, [(leaf,)], (least, *EDGES, math.nan))
+    bounds = [leaf.size, *reaching, 0]
+    return tuple(a - b for a, b in pairwise(bounds))
+
+
+def _together(path: str, leaves: Iterable[LeafSparsity]) -> LeafSparsity:
+    columns = [leaf.magnitudes for leaf in leaves] or [(0,) * len(MAGNITUDES)]
+    sums = tuple(map(sum, zip(*columns, strict=True)))
+    return LeafSparsity(path, None, True, sums)
+
+
+def _table(report: SparsityReport) -> list[list[str]]:
+    head = ["path", "shape", "entries", "non-zero", "density", "compression"]
+    rows = [
+        [
+            leaf.path,
+            "x".join(map(str, leaf.shape)) if leaf.shape is not None else "",
+            f"{leaf.entries:,}",
+            f"{leaf.nonzero:,}",
+            f"{leaf.density:.2%}",
+            f"{leaf.compression:,.1f}x",
+        ]
+        for leaf in (*report.leaves, report.prunable, report.total)
+    ]
+    return [head, *rows]
+
+
+def _magnitude_rows(leaf: LeafSparsity) -> list[tuple[str, str, str, float]]:
+    """Name, count, percentage, fraction, from the first class with entries to the last.
+
+    Empty for a mask, whose entries are all 0 or 1.
+    """
+    present = [i for i, count in enumerate(leaf.magnitudes) if count]
+    if not set(present) - {0, MAGNITUDES.index("1 and above")}:
+        return []
+    rows = [
+        (name, f"{count:,}", f"{count / leaf.entries:.2%}", count / leaf.entries)
+        for name, count in zip(MAGNITUDES, leaf.magnitudes, strict=True)
+    ]
+    first = next((i for i in present if i > 0), 0)
+    zeros = rows[:1] if leaf.magnitudes[0] else []
+    return zeros + rows[first : present[-1] + 1]
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # Words to the left, numbers to the right, and bars to the left again.
+    words = {0, 1} if len(widths) == 6 else {0, 3}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _html_rows(rows: list[list[str]], tag: str) -> str:
+    def cell(i: int, text: str) -> str:
+        side = "left" if i < 2 else "right"
+        return f"<{tag} style='text-align:{side}'>{html.escape(text)}</{tag}>"
+
+    cells = ("".join(cell(i, text) for i, text in enumerate(row)) for row in rows)
+    return "".join(f"<tr>{row}</tr>" for row in cells)
+
+
+def _html_bar(row: list[str]) -> str:
+    name, count, percentage, meter = row
+    right = "style='text-align:right'"
+    return (
+        f"<tr><td>{name}</td><td {right}>{count}</td><td {right}>{percentage}</td>"
+        f"<td>{meter}</td></tr>"
+    )
