@@ -30,8 +30,8 @@ def _ratio_remedy(ratio: Any) -> str:
     meaning = "It is the fraction of the prunable entries that is pruned"
     if 1 < ratio < math.inf:
         return (
-            f"{meaning}; for {ratio}x compression, did you mean ratio=1-1/{ratio}? "
-            f"(for {ratio} percent, ratio={ratio / 100:.6g})"
+            f"{meaning}; for {ratio:g}x compression, did you mean ratio=1-1/{ratio:g}? "
+            f"(for {ratio:g} percent, ratio={ratio / 100:.6g})"
         )
     return f"{meaning}: ratio=0.95 keeps one entry in twenty."
 

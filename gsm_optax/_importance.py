@@ -7,6 +7,7 @@ an entry with a score of zero or less is never active.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -70,19 +71,24 @@ def gradient_importance(param: jax.Array, grad: jax.Array) -> jax.Array:
     return jnp.abs(grad)
 
 
-def scores_of(importance: Importance) -> Importance:
-    """Wrap `importance` so that it computes in float32 and its shape is checked."""
+@dataclass(frozen=True)
+class Score:
+    """An importance that computes in float32 and whose shape is checked.
 
-    def score(param: jax.Array, grad: jax.Array) -> jax.Array:
-        result = importance(_in_single_precision(param), _in_single_precision(grad))
-        if jnp.shape(result) != param.shape:
+    Two of them are equal when their importance is, so that jit compiles once for both.
+    """
+
+    importance: Importance
+
+    def __call__(self, param: jax.Array, grad: jax.Array) -> jax.Array:
+        """Return float32 scores of the shape of `param`."""
+        score = self.importance(_in_single_precision(param), _in_single_precision(grad))
+        if jnp.shape(score) != param.shape:
             raise ValueError(
-                f"importance returned shape {jnp.shape(result)} for a parameter of "
+                f"importance returned shape {jnp.shape(score)} for a parameter of "
                 f"shape {param.shape}: it must give one score per entry."
             )
-        return jnp.asarray(result).astype(jnp.float32)
-
-    return score
+        return jnp.asarray(score).astype(jnp.float32)
 
 
 def _in_single_precision(x: jax.Array) -> jax.Array:

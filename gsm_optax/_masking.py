@@ -11,14 +11,14 @@ from gsm_optax._checks import check_ratio
 from gsm_optax._importance import (
     Importance,
     Prunable,
+    Score,
     check_any_prunable,
     is_inexact,
     kernels,
     prunable_tree,
-    scores_of,
     taylor_importance,
 )
-from gsm_optax._selection import is_active, num_kept, select
+from gsm_optax._selection import num_kept, order_key, select
 
 
 class MaskByImportanceState(NamedTuple):
@@ -88,7 +88,7 @@ def mask_by_importance(
         NeurIPS 2019, https://arxiv.org/abs/1909.12778
     """
     check_ratio(ratio)
-    score = scores_of(importance)
+    score = Score(importance)
 
     def init_fn(params: Any) -> Any:
         check_any_prunable(prunable_tree(prunable, params), params)
@@ -119,11 +119,11 @@ def mask_by_importance(
         chosen = jax.lax.optimization_barrier(list(compress(pairs, flags)))
         total = sum(grad.size for _, grad in chosen)
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
-        threshold, num_active = select(
+        selection = select(
             score, jax.lax.stop_gradient(chosen), num_kept(ratio_now, total)
         )
         masked = iter(
-            jnp.where(is_active(score(param, grad), threshold), grad, 0)
+            jnp.where(order_key(score(param, grad)) >= selection.key, grad, 0)
             for param, grad in chosen
         )
         updates = [
@@ -131,7 +131,9 @@ def mask_by_importance(
             for flag, grad in zip(flags, grads, strict=True)
         ]
         step: Any = optax.safe_increment(state.step) if callable(ratio) else None
-        new_state = MaskByImportanceState(threshold, num_active, step)
+        new_state = MaskByImportanceState(
+            selection.threshold, selection.num_active, step
+        )
         return jax.tree.unflatten(treedef, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

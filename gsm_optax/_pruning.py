@@ -9,15 +9,15 @@ import optax
 from gsm_optax._checks import check_ratio
 from gsm_optax._importance import (
     Prunable,
+    Score,
     check_any_prunable,
     kernels,
     magnitude_importance,
     prunable_tree,
-    scores_of,
 )
-from gsm_optax._selection import is_active, num_kept, select
+from gsm_optax._selection import num_kept, order_key, select
 
-_magnitude = scores_of(magnitude_importance)
+_magnitude = Score(magnitude_importance)
 
 
 def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
@@ -63,9 +63,9 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     # Magnitude needs no gradient: the parameter stands in for both arguments.
     chosen = [(x, x) for x, flag in zip(leaves, flags, strict=True) if flag]
     kept = num_kept(ratio, sum(x.size for x, _ in chosen))
-    threshold = select(_magnitude, chosen, kept).threshold
+    key = select(_magnitude, chosen, kept).key
     mask = [
-        is_active(_magnitude(x, x), threshold) if flag else jnp.ones(x.shape, bool)
+        order_key(_magnitude(x, x)) >= key if flag else jnp.ones(x.shape, bool)
         for x, flag in zip(leaves, flags, strict=True)
     ]
     return jax.tree.unflatten(treedef, mask)

@@ -29,11 +29,16 @@ PROBES = 15  # thresholds counted per pass
 class Selection(NamedTuple):
     """The outcome of a search.
 
-    An entry is active iff its `order_key` is at least `order_key(threshold)`.
+    An entry is active iff its `order_key` is at least `key`.
     """
 
-    threshold: jax.Array  # float32, shape ()
+    key: jax.Array  # int32, shape (), in [0, NAN_KEY]
     num_active: jax.Array  # int32, shape ()
+
+    @property
+    def threshold(self) -> jax.Array:
+        """The least score that is active: the float32 whose bits are the key."""
+        return lax.bitcast_convert_type(self.key, jnp.float32)
 
 
 def order_key(score: jax.Array) -> jax.Array:
@@ -43,11 +48,6 @@ def order_key(score: jax.Array) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(score, jnp.int32) & 0x7FFFFFFF
     return jnp.where(score <= 0, 0, jnp.minimum(bits, NAN_KEY))
-
-
-def is_active(score: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Bool mask of the entries that `threshold` selects, shaped like `score`."""
-    return order_key(score) >= order_key(threshold)
 
 
 def num_kept(ratio: Any, total: int) -> Any:
@@ -100,7 +100,7 @@ def select(
     low, _, num_low = lax.while_loop(cond, body, start)
     key = jnp.where(kept == total, 0, low)
     num_active = jnp.where(kept == total, total, num_low)
-    return Selection(lax.bitcast_convert_type(key, jnp.float32), num_active)
+    return Selection(key, num_active)
 
 
 def _count(score, leaves, probes) -> list[jax.Array]:

@@ -1,0 +1,42 @@
+"""The examples run, on a small budget, as a newcomer would start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_prune_digits(tmp_path):
+    done = run(
+        EXAMPLES / "prune_digits.py",
+        *("--seeds", 1, "--dense-epochs", 15, "--epochs", 60, "--ratio", 0.9),
+        *("--output", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "prune_digits.png").stat().st_size > 10_000
+    (scores,) = json.loads((tmp_path / "prune_digits.json").read_text())
+    assert scores["dense"] > 90
+    assert scores["GSM pruned"] > 90
+    assert scores["one-shot"] < scores["GSM pruned"]
+    for text in (
+        "test accuracy, %",
+        "dense1/kernel",
+        "prunable",
+        "10.0x",
+        "decay budget",
+    ):
+        assert text in done.stdout
+
+
+def test_prune_digits_refuses_a_compression_as_ratio(tmp_path):
+    done = run(EXAMPLES / "prune_digits.py", "--ratio", 60, "--output", tmp_path)
+    assert done.returncode != 0
+    assert "did you mean ratio=1-1/60?" in done.stderr

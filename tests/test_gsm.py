@@ -1,0 +1,170 @@
+"""gsm and gsm_sgd against the paper's equations and against optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import active, budget, gsm_step
+
+from gsm_optax import gsm, gsm_sgd, kernels, prune
+
+SHAPES = [(11, 13), (3, 3, 4, 5), (2, 6, 7)]
+
+
+def draw(rng, dtype, kind):
+    make = {
+        "normal": rng.normal,
+        "ties": lambda size: rng.integers(-2, 3, size) / 2,
+        "zeros": lambda size: rng.normal(size=size) * (rng.random(size) < 0.5),
+    }[kind]
+    return [jnp.asarray(make(size=shape), dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.95])
+def test_every_step_is_the_papers(ratio, dtype, rtol, kind, nesterov):
+    """30 steps, each compared with the equations from where the last one ended."""
+    rng = np.random.default_rng(5)
+    weights = draw(rng, dtype, kind)
+    settings = {"lr": 0.1, "beta": 0.9, "eta": 0.01, "nesterov": nesterov}
+    tx = gsm_sgd(0.1, ratio, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    state, step = tx.init(weights), jax.jit(tx.update)
+    kept = budget(ratio, sum(w.size for w in weights))
+    for _ in range(30):
+        grads, momenta = draw(rng, dtype, kind), optax.tree.get(state, "trace")
+        expected = gsm_step(weights, momenta, grads, kept=kept, **settings)
+        updates, state = step(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        got = weights, optax.tree.get(state, "trace")
+        for value, want in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            assert value.dtype == dtype
+            # Sums of opposite terms cancel, so a rounding counts against their size.
+            np.testing.assert_allclose(
+                np.asarray(value, np.float64), want, rtol=rtol, atol=4 * rtol
+            )
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ratio_zero_is_optax_sgd_bit_for_bit(dtype, wrap):
+    rng = np.random.default_rng(6)
+    params = {"kernels": draw(rng, dtype, "zeros"), "bias": jnp.ones(4, dtype)}
+    ours = gsm_sgd(0.1, 0.0, momentum=0.9, weight_decay=0.01)
+    theirs = optax.chain(
+        optax.add_decayed_weights(0.01, mask=kernels), optax.sgd(0.1, momentum=0.9)
+    )
+    results = []
+    for tx in (ours, theirs):
+        rng, p, state = np.random.default_rng(7), params, tx.init(params)
+        update = wrap(tx.update)
+        for _ in range(20):
+            grads = {"kernels": draw(rng, dtype, "zeros"), "bias": jnp.ones(4, dtype)}
+            updates, state = update(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        results.append(p)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_momentum_and_decay_turn_passive_entries_into_zeros():
+    """100 entries, 5 of them matter: those are learnt, the rest decays as planned."""
+    target = jnp.zeros((10, 10)).at[2, :5].set(jnp.arange(5.0) + 3)
+    loss = lambda w: jnp.sum(jnp.where(target != 0, (w - target) ** 2, 0))
+    params = jnp.ones((10, 10))
+    lr, momentum, decay, steps = 1e-2, 0.9, 0.01, 10_000
+    tx = gsm_sgd(lr, 0.95, momentum=momentum, weight_decay=decay)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+    params, target = np.asarray(params), np.asarray(target)
+    passive = params[target == 0]
+    expected = np.exp(-lr * decay / (1 - momentum) * steps)
+    np.testing.assert_allclose(passive, expected, rtol=0.1)
+    pruned = prune(params, 0.95)
+    assert float(loss(pruned)) == pytest.approx(float(loss(params)), rel=1e-3)
+
+
+def test_a_pruned_weight_stays_pruned():
+    rng = np.random.default_rng(8)
+    params = prune(draw(rng, jnp.float32, "normal"), 0.8)
+    zeros = [np.asarray(p == 0) for p in params]
+    tx = gsm_sgd(0.1, 0.3)  # a budget that would have room for some of the zeros
+    state = tx.init(params)
+    for _ in range(20):
+        updates, state = tx.update(draw(rng, jnp.float32, "normal"), state, params)
+        params = optax.apply_updates(params, updates)
+    for p, zero in zip(params, zeros, strict=True):
+        assert (np.asarray(p)[zero] == 0).all()
+        assert (np.asarray(p)[~zero] != 0).all()
+
+
+def test_entries_that_are_not_prunable_get_plain_momentum_sgd():
+    params = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+    grads = {"kernel": jnp.ones((3, 3)), "bias": jnp.arange(3.0)}
+    ours, plain = gsm_sgd(0.1, 0.5, momentum=0.9), optax.sgd(0.1, momentum=0.9)
+    state, plain_state = ours.init(params), plain.init(params)
+    for _ in range(3):
+        updates, state = ours.update(grads, state, params)
+        expected, plain_state = plain.update(grads, plain_state, params)
+        np.testing.assert_array_equal(updates["bias"], expected["bias"])
+
+
+def test_gsm_is_the_direction_of_gsm_sgd():
+    rng = np.random.default_rng(9)
+    params, grads = draw(rng, jnp.float32, "normal"), draw(rng, jnp.float32, "normal")
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    chained = optax.chain(gsm(ratio=0.9), optax.scale_by_learning_rate(schedule))
+    ready = gsm_sgd(schedule, 0.9)
+    a, _ = chained.update(grads, chained.init(params), params)
+    b, _ = ready.update(grads, ready.init(params), params)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_accumulator_dtype_is_that_of_the_momentum():
+    params = jnp.ones((2, 2), jnp.bfloat16)
+    state = gsm(0.5, accumulator_dtype=jnp.float32).init(params)
+    assert optax.tree.get(state, "trace").dtype == jnp.float32
+
+
+def test_an_injected_ratio_changes_without_compiling_again():
+    params = jnp.asarray(np.random.default_rng(10).normal(size=(20, 50)), jnp.float32)
+    tx = optax.inject_hyperparams(gsm_sgd, static_args=("prunable", "importance"))(
+        learning_rate=0.1, ratio=0.5, prunable=kernels
+    )
+    state, step = tx.init(params), jax.jit(tx.update)
+    for ratio in (0.5, 0.9, 0.0, 0.99):
+        state.hyperparams["ratio"] = jnp.float32(ratio)
+        _, state = step(params, state, params)
+        kept = budget(ratio, 1000)
+        assert optax.tree.get(state, "num_active") == kept
+        assert sum(active([np.abs(params * params)], kept)[0].ravel()) == kept
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\)"),
+        ({"momentum": -0.1}, "momentum=-0.1"),
+        ({"momentum": float("nan")}, "momentum=nan"),
+        (
+            {"weight_decay": -1e-4},
+            "weight_decay=-0.0001 must be finite and not negative",
+        ),
+        ({"ratio": 60}, r"did you mean ratio=1-1/60\?"),
+    ],
+)
+def test_bad_arguments_are_refused_when_built(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        gsm(**{"ratio": 0.5} | kwargs)
+    with pytest.raises(ValueError, match=message):
+        gsm_sgd(0.1, **{"ratio": 0.5} | kwargs)

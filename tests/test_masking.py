@@ -1,0 +1,229 @@
+"""mask_by_importance: what takes part, what passes through, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gsm_optax import (
+    gradient_importance,
+    magnitude_importance,
+    mask_by_importance,
+    taylor_importance,
+)
+
+
+def random_tree(seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {"dense": {"kernel": draw(6, 5), "bias": draw(5)}, "conv": draw(3, 3, 2, 4)}
+
+
+def masked_of(tx, grads, params):
+    return tx.update(grads, tx.init(params), params)
+
+
+def test_rank_two_and_more_take_part_by_default():
+    params, grads = random_tree(0), random_tree(1)
+    updates, state = masked_of(mask_by_importance(0.9), grads, params)
+    np.testing.assert_array_equal(updates["dense"]["bias"], grads["dense"]["bias"])
+    assert state.num_active == 10  # of 30 + 72
+    active = [updates["dense"]["kernel"], updates["conv"]]
+    assert sum(int(jnp.count_nonzero(u)) for u in active) == 10
+
+
+@pytest.mark.parametrize(
+    "prunable",
+    [
+        {"dense": True, "conv": False},
+        lambda params: {"dense": True, "conv": False},
+        {"dense": {"kernel": True, "bias": True}, "conv": False},
+    ],
+)
+def test_prunable_is_a_prefix_or_a_callable(prunable):
+    params, grads = random_tree(0), random_tree(1)
+    tx = mask_by_importance(0.8, prunable=prunable)
+    updates, state = masked_of(tx, grads, params)
+    np.testing.assert_array_equal(updates["conv"], grads["conv"])
+    assert state.num_active == 7  # a fifth of 35
+
+
+def test_importances_differ_as_defined():
+    param, grad = jnp.array([[1.0, -3.0, 0.5]]), jnp.array([[2.0, 0.1, -3.0]])
+    best = {taylor_importance: 0, magnitude_importance: 1, gradient_importance: 2}
+    for importance, index in best.items():
+        tx = mask_by_importance(2 / 3, importance=importance)
+        updates, _ = masked_of(tx, grad, param)
+        assert np.flatnonzero(updates).tolist() == [index]
+
+
+def test_everything_that_is_no_float_passes_through():
+    params = {
+        "kernel": jnp.ones((2, 2)),
+        "count": jnp.arange(6).reshape(2, 3),
+        "flag": jnp.ones((2, 2), bool),
+        "nothing": None,
+        "masked": optax.MaskedNode(),
+    }
+    loss = lambda p: jnp.sum(p["kernel"] ** 2)
+    grads = jax.grad(loss, allow_int=True)(params)
+    assert grads["count"].dtype == jax.dtypes.float0
+    updates, state = masked_of(mask_by_importance(0.0), grads, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    assert updates["count"] is grads["count"]
+    assert updates["flag"] is grads["flag"]
+    assert state.num_active == 4
+
+
+def test_a_missing_gradient_takes_no_part():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((5, 5))}
+    grads = {"a": jnp.arange(1.0, 5.0).reshape(2, 2), "b": None}
+    updates, state = masked_of(mask_by_importance(0.5), grads, params)
+    assert updates["b"] is None
+    assert updates["a"].tolist() == [[0, 0], [3, 4]]
+    assert state.num_active == 2
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
+)
+def test_updates_keep_their_dtype(dtype):
+    params = jnp.arange(1, 5).reshape(2, 2).astype(dtype)
+    updates, state = masked_of(mask_by_importance(0.5), params, params)
+    assert updates.dtype == dtype
+    assert state.threshold.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(updates, complex), [[0, 0], [3, 4]])
+
+
+def test_scores_are_float32_even_for_half_precision():
+    """In float16 both products would underflow to zero and tie."""
+    params = jnp.array([[1e-4, 2e-4]], jnp.float16)
+    grads = jnp.array([[1e-4, 1e-4]], jnp.float16)
+    updates, _ = masked_of(mask_by_importance(0.5), grads, params)
+    assert (updates != 0).tolist() == [[False, True]]
+
+
+def test_nan_reaches_the_parameters():
+    params = jnp.arange(100.0).reshape(10, 10)
+    grads = jnp.ones((10, 10)).at[0, 0].set(jnp.nan).at[0, 1].set(jnp.nan)
+    updates, _ = masked_of(mask_by_importance(0.99), grads, params)  # Q = 1, two NaN
+    assert jnp.isnan(updates[0, :2]).all()
+    assert (updates[1:] == 0).all()
+    updates, _ = masked_of(mask_by_importance(0.999), grads, params)  # Q = 0
+    assert jnp.isnan(updates[0, :2]).all()
+
+
+def test_infinite_times_zero_is_not_hidden():
+    params, grads = jnp.array([[0.0, 1.0]]), jnp.array([[jnp.inf, 1.0]])
+    updates, _ = masked_of(mask_by_importance(0.5), grads, params)
+    assert updates.tolist() == [[jnp.inf, 0.0]]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_scores(value):
+    """Ties at the threshold are all active, zeros never."""
+    grads = jnp.full((3, 4), value)
+    updates, state = masked_of(mask_by_importance(0.5), grads, jnp.ones((3, 4)))
+    np.testing.assert_array_equal(updates, grads)
+    assert state.num_active == int(12 * value)
+
+
+def test_one_entry_and_no_entry():
+    one = jnp.ones((1, 1))
+    updates, state = masked_of(mask_by_importance(0.4), one, one)
+    assert (updates.tolist(), int(state.num_active)) == ([[1.0]], 1)
+    updates, state = masked_of(mask_by_importance(0.6), one, one)
+    assert (updates.tolist(), int(state.num_active)) == ([[0.0]], 0)
+    none = jnp.ones((0, 3))
+    updates, state = masked_of(mask_by_importance(0.5), none, none)
+    assert (updates.shape, int(state.num_active)) == ((0, 3), 0)
+
+
+def test_schedule_of_the_ratio_follows_its_own_steps():
+    params = jnp.arange(1.0, 101.0).reshape(10, 10)
+    tx = mask_by_importance(optax.linear_schedule(0.0, 0.8, 4))
+    state, counts = tx.init(params), []
+    for _ in range(6):
+        _, state = tx.update(params, state, params)
+        counts.append(int(optax.tree.get(state, "num_active")))
+    assert counts == [100, 80, 60, 40, 20, 20]
+
+
+def test_state_is_two_scalars():
+    state = mask_by_importance(0.5).init({"kernel": jnp.ones((9, 9))})
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
+        ((), jnp.float32),
+        ((), jnp.int32),
+    ]
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 60, 95, float("nan"), float("inf")])
+def test_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(ValueError, match=f"ratio={ratio}"):
+        mask_by_importance(ratio)
+
+
+def test_a_compression_as_ratio_gets_a_remedy():
+    with pytest.raises(ValueError, match=r"did you mean ratio=1-1/60\?"):
+        mask_by_importance(60)
+
+
+@pytest.mark.parametrize("ratio", ["0.5", None, [0.5], np.ones(3)])
+def test_ratio_of_another_type_is_refused(ratio):
+    with pytest.raises(ValueError, match="must be a number in"):
+        mask_by_importance(ratio)
+
+
+def test_update_without_params_is_refused():
+    tx = mask_by_importance(0.5)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
+
+
+@pytest.mark.parametrize(
+    "params", [{"bias": jnp.ones(3)}, {"n": jnp.ones((2, 2), int)}]
+)
+def test_a_tree_without_a_prunable_leaf_is_refused(params):
+    with pytest.raises(ValueError, match="no leaf is prunable among"):
+        mask_by_importance(0.5).init(params)
+
+
+@pytest.mark.parametrize(
+    ("prunable", "message"),
+    [
+        ({"kernel": True}, "prunable does not match"),
+        ({"dense": True, "conv": {"x": True}}, "prunable does not match"),
+        ({"dense": True, "conv": 1}, "conv.*must be True or False"),
+        (lambda params: "all", "must be True or False"),
+    ],
+)
+def test_a_prunable_tree_that_does_not_fit_is_refused(prunable, message):
+    with pytest.raises(ValueError, match=message):
+        mask_by_importance(0.5, prunable=prunable).init(random_tree())
+
+
+def test_an_importance_of_another_shape_is_refused():
+    tx = mask_by_importance(0.5, importance=lambda p, g: jnp.sum(p * g))
+    params = jnp.ones((2, 3))
+    with pytest.raises(
+        ValueError, match=r"shape \(\) for a parameter of shape \(2, 3\)"
+    ):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_fused_gradient_is_seen_alike_by_search_and_mask():
+    """Within one jit the gradient is an expression; the count must still be exact."""
+    rng = np.random.default_rng(4)
+    params = jnp.asarray(rng.normal(size=(200, 300)), jnp.float32)
+    tx = mask_by_importance(0.9)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda w: jnp.sum(jnp.sin(3 * w) * jnp.exp(-w * w / 3)))(
+            params
+        )
+        return tx.update(grads, state, params)
+
+    updates, state = step(params, tx.init(params))
+    assert jnp.count_nonzero(updates) == state.num_active == 6000
