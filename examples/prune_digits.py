@@ -46,6 +46,19 @@ class MLP(nnx.Module):
         return self.head(nnx.relu(self.dense2(nnx.relu(self.dense1(x)))))
 
 
+def load_data():
+    """Return ((images, labels), (images, labels)): 1,437 to train on, 360 to test."""
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(
+        images.astype(np.float32) / 16,
+        labels,
+        test_size=360,
+        random_state=0,
+        stratify=labels,
+    )
+    return (split[0], split[2]), (split[1], split[3])
+
+
 @nnx.jit
 def train_step(model, optimizer, images, labels):
     """One optimizer step on a batch."""
@@ -195,7 +208,8 @@ def draw(path, results, histories, reports, args):
         edgecolor="black",
         capsize=4,
     )
-    right.bar_label(bars, fmt="%.1f %%", padding=5)
+    label = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    right.bar_label(bars, fmt="%.1f %%", padding=6, bbox=label)
     kept = 100 * (1 - args.ratio)
     right.axhline(
         kept,
@@ -233,14 +247,9 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run all seeds, print the table and the report, write the figure."""
     args = parse_args(argv)
-    images, labels = load_digits(return_X_y=True)
-    images = images.astype(np.float32) / 16
-    split = train_test_split(
-        images, labels, test_size=360, random_state=0, stratify=labels
-    )
-    data = (split[0], split[2]), (split[1], split[3])
+    data = load_data()
 
-    steps = args.epochs * (len(split[0]) // BATCH)
+    steps = args.epochs * (len(data[0][0]) // BATCH)
     schedule = steps_schedule(3e-2, steps)
     tx = gsm_sgd(schedule, args.ratio, **GSM_RECIPE)
     print(decay_budget(schedule, steps, **GSM_RECIPE), end="\n\n")
