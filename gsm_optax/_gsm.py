@@ -25,6 +25,7 @@ def gsm(
     importance: Importance = taylor_importance,
     prunable: Prunable = kernels,
     accumulator_dtype: Any = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Global Sparse Momentum: the direction, to be scaled by a learning rate.
 
@@ -57,6 +58,7 @@ def gsm(
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default the inexact leaves of rank 2 or more.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its updates point uphill, like those
@@ -91,7 +93,9 @@ def gsm(
     check_momentum(momentum)
     check_weight_decay(weight_decay)
     return optax.chain(
-        mask_by_importance(ratio, importance=importance, prunable=prunable),
+        mask_by_importance(
+            ratio, importance=importance, prunable=prunable, axis_name=axis_name
+        ),
         optax.add_decayed_weights(
             weight_decay, mask=lambda params: prunable_tree(prunable, params)
         ),
@@ -109,6 +113,7 @@ def gsm_sgd(
     importance: Importance = taylor_importance,
     prunable: Prunable = kernels,
     accumulator_dtype: Any = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Global Sparse Momentum SGD: an optimizer that prunes while it trains.
 
@@ -125,6 +130,7 @@ def gsm_sgd(
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default the inexact leaves of rank 2 or more.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, to be used as any optax optimizer.
@@ -160,6 +166,7 @@ def gsm_sgd(
             importance=importance,
             prunable=prunable,
             accumulator_dtype=accumulator_dtype,
+            axis_name=axis_name,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

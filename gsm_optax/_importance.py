@@ -71,9 +71,12 @@ def gradient_importance(param: jax.Array, grad: jax.Array) -> jax.Array:
     return jnp.abs(grad)
 
 
+_NOT_NEGATIVE = (taylor_importance, magnitude_importance, gradient_importance)
+
+
 @dataclass(frozen=True)
 class Score:
-    """An importance that computes in float32 and whose shape is checked.
+    """An importance in float32, with its sign bit clear and its shape checked.
 
     Two of them are equal when their importance is, so that jit compiles once for both.
     """
@@ -88,7 +91,10 @@ class Score:
                 f"importance returned shape {jnp.shape(score)} for a parameter of "
                 f"shape {param.shape}: it must give one score per entry."
             )
-        return jnp.asarray(score).astype(jnp.float32)
+        score = jnp.asarray(score).astype(jnp.float32)
+        if self.importance in _NOT_NEGATIVE:  # and spare a comparison per entry
+            return score
+        return jnp.where(score <= 0, 0, jnp.abs(score))
 
 
 def _in_single_precision(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gsm_optax._checks import check_ratio
+from gsm_optax._counting import num_entries, order_key
 from gsm_optax._importance import (
     Importance,
     Prunable,
@@ -18,14 +19,15 @@ from gsm_optax._importance import (
     prunable_tree,
     taylor_importance,
 )
-from gsm_optax._selection import num_kept, order_key, select
+from gsm_optax._selection import count_dtype, num_kept, select
 
 
 class MaskByImportanceState(NamedTuple):
     """State of `mask_by_importance`: what the last choice came to."""
 
     threshold: jax.Array  # float32, shape (): least score that was active
-    num_active: jax.Array  # int32, shape (): entries that got their gradient
+    num_active: jax.Array  # shape (): entries that got their gradient; int32, or
+    # float32 in a tree of 2³¹ prunable entries or more (the choice itself is exact)
     step: jax.Array | None  # int32, shape (): only where ratio is a schedule
 
 
@@ -34,6 +36,7 @@ def mask_by_importance(
     *,
     importance: Importance = taylor_importance,
     prunable: Prunable = kernels,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the gradient of the most important entries of the whole model.
 
@@ -63,6 +66,10 @@ def mask_by_importance(
         importance: `(param, grad) -> score`, elementwise, float32 in and out.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default the inexact leaves of rank 2 or more.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the name or names of the mesh
+            axes that the parameters are split over. Elsewhere shardings are seen to
+            by themselves. With `check_vma=False` every prunable leaf must be split over
+            all of these axes, because copies cannot be told from parts.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its
@@ -91,10 +98,14 @@ def mask_by_importance(
     score = Score(importance)
 
     def init_fn(params: Any) -> Any:
-        check_any_prunable(prunable_tree(prunable, params), params)
-        step = jnp.zeros((), jnp.int32) if callable(ratio) else None
+        flags = prunable_tree(prunable, params)
+        check_any_prunable(flags, params)
+        chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
+        total = num_entries([(leaf,) for leaf in chosen], axis_name)
         return MaskByImportanceState(
-            jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), step
+            threshold=jnp.zeros((), jnp.float32),
+            num_active=jnp.zeros((), count_dtype(total)),
+            step=jnp.zeros((), jnp.int32) if callable(ratio) else None,
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -117,11 +128,10 @@ def mask_by_importance(
         # A gradient that is still a fused expression could be rounded differently in
         # the search and in the mask; behind the barrier both read the same bits.
         chosen = jax.lax.optimization_barrier(list(compress(pairs, flags)))
-        total = sum(grad.size for _, grad in chosen)
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
-        selection = select(
-            score, jax.lax.stop_gradient(chosen), num_kept(ratio_now, total)
-        )
+        data = jax.lax.stop_gradient(chosen)
+        kept = num_kept(ratio_now, num_entries(data, axis_name))
+        selection = select(score, data, kept, state.threshold, axis_name)
         masked = iter(
             jnp.where(order_key(score(param, grad)) >= selection.key, grad, 0)
             for param, grad in chosen

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gsm_optax._checks import check_ratio
+from gsm_optax._counting import num_entries, order_key
 from gsm_optax._importance import (
     Prunable,
     Score,
@@ -15,7 +16,7 @@ from gsm_optax._importance import (
     magnitude_importance,
     prunable_tree,
 )
-from gsm_optax._selection import num_kept, order_key, select
+from gsm_optax._selection import num_kept, select
 
 _magnitude = Score(magnitude_importance)
 
@@ -62,8 +63,8 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     flags = treedef.flatten_up_to(flags)
     # Magnitude needs no gradient: the parameter stands in for both arguments.
     chosen = [(x, x) for x, flag in zip(leaves, flags, strict=True) if flag]
-    kept = num_kept(ratio, sum(x.size for x, _ in chosen))
-    key = select(_magnitude, chosen, kept).key
+    kept = num_kept(ratio, num_entries(chosen))
+    key = select(_magnitude, chosen, kept, jnp.float32(0)).key
     mask = [
         order_key(_magnitude(x, x)) >= key if flag else jnp.ones(x.shape, bool)
         for x, flag in zip(leaves, flags, strict=True)

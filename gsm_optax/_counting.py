@@ -1,0 +1,244 @@
+"""How many scores reach a threshold, over any pytree on any mesh.
+
+A score is compared by its order key: the bit pattern of a non-negative float32, read
+as an integer, has the order of its value. Counts are reductions of every leaf to one
+scalar per threshold, which is all that devices exchange; they are exact beyond 2³¹
+entries, because they are summed in two words.
+
+This file knows only jax.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+NAN_KEY = 0x7F800001
+"""One above the key of inf: every NaN reaches it, and nothing else."""
+
+WORD = 12
+"""Bits of the low word of a count.
+
+Low words of 2¹⁹ partial counts still add up within int32, and so do the high words of
+2⁴³ entries.
+"""
+
+LARGEST = 2**31 - 1
+"""Entries that one int32 can count."""
+
+Leaves = Sequence[tuple[jax.Array, ...]]  # the arguments of a score, leaf by leaf
+Score = Callable[..., jax.Array]
+
+
+def order_key(score: jax.Array) -> jax.Array:
+    """Map float32 scores, sign bit clear, to int32 keys of the same order.
+
+    The key of zero is 0; those of NaNs are NAN_KEY or more.
+    """
+    return lax.bitcast_convert_type(score, jnp.int32)
+
+
+def to_words(count: Any) -> tuple[Any, Any]:
+    """Split a count into (high, low) words; the low one has `WORD` bits."""
+    return count >> WORD, count & (1 << WORD) - 1
+
+
+def excess(words: tuple[jax.Array, jax.Array], kept: tuple[Any, Any]) -> jax.Array:
+    """Count minus `kept` as int32, clipped to ±2²⁹: its sign and its zero are exact."""
+    high, low = words
+    bound = 1 << 29 - WORD
+    return (jnp.clip(high - kept[0], -bound, bound - 1) << WORD) + (low - kept[1])
+
+
+def count(
+    score: Score, leaves: Leaves, thresholds: jax.Array, axis_name: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Count the keys that reach each of K thresholds, over all leaves and devices.
+
+    Args:
+        score: maps one element of `leaves`, unpacked, to float32 scores.
+        leaves: the arguments of `score`, one tuple of equal-shaped arrays a leaf.
+        thresholds: int32 keys, shape (K,).
+        axis_name: inside `shard_map` or `pmap`, the axis or axes to sum over.
+
+    Returns:
+        High and low words, int32, shape (K,) each.
+
+    Raises:
+        ValueError: if leaves live on different meshes, or inside `shard_map` without an
+            axis name.
+        NameError: if there is no such axis.
+    """
+    kinds = _axis_kinds(leaves)
+    if axis_name is not None:
+        split = _split_axes(leaves, axis_name)
+        return _across(axis_name, split, _by_leaf(score, leaves, thresholds, _fused))
+    if AxisType.Manual in kinds.values():
+        raise ValueError(
+            f"inside shard_map over {tuple(kinds)} each device would choose by itself: "
+            "pass axis_name= the axes that parameters are split over."
+        )
+    if not kinds:
+        return _total(_by_leaf(score, leaves, thresholds, _fused))
+    if set(kinds.values()) == {AxisType.Explicit}:
+        return _count_shards(score, leaves, thresholds)
+    # Which device holds what is the compiler's to know: it splits plain sums by itself,
+    # into one all-reduce of scalars for each group of devices that share a leaf.
+    return _total(_by_leaf(score, leaves, thresholds, _sums))
+
+
+def smallest_reaching(
+    score: Score, leaves: Leaves, threshold: jax.Array, axis_name: Any = None
+) -> jax.Array:
+    """Return the smallest key of all that reaches the threshold, or else NAN_KEY."""
+    keys = (order_key(score(*args)) for args in leaves)
+    least = [jnp.min(jnp.where(key >= threshold, key, NAN_KEY)) for key in keys]
+    smallest = jnp.minimum(jnp.min(jnp.stack(least)), NAN_KEY)
+    return smallest if axis_name is None else lax.pmin(smallest, axis_name)
+
+
+def is_local(leaves: Leaves) -> bool:
+    """Whether tracing knows of no mesh: the leaves are on one device."""
+    return not _axis_kinds(leaves)
+
+
+def _axis_kinds(leaves: Leaves) -> dict[str, AxisType]:
+    """Axes of the mesh that the leaves live on: Auto, Explicit or Manual."""
+    mesh = _mesh_of(leaves)
+    return (
+        {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    )
+
+
+def _mesh_of(leaves: Leaves) -> Any:
+    types = (jax.typeof(x) for args in leaves for x in args)
+    meshes = {t.sharding.mesh for t in types if not t.sharding.mesh.empty}
+    if len({(m.axis_names, m.axis_sizes) for m in meshes}) > 1:
+        raise ValueError(
+            f"the leaves live on different meshes: {', '.join(map(str, meshes))}. "
+            "Put all parameters and gradients on one mesh."
+        )
+    return next(iter(meshes), jax.sharding.get_abstract_mesh())
+
+
+def _count_shards(score, leaves, thresholds):
+    """Each device counts its own shards; one all-reduce adds the words up."""
+    mesh = _mesh_of(leaves)
+    specs = [jax.typeof(args[0]).sharding.spec for args in leaves]
+    leaves = [
+        tuple(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in args)
+        for args, spec in zip(leaves, specs, strict=True)
+    ]
+
+    def local(thresholds, leaves):
+        counts = _by_leaf(score, leaves, thresholds, _fused)
+        return _across(mesh.axis_names, _split_axes(leaves, mesh.axis_names), counts)
+
+    in_specs = (
+        P(),
+        [(spec,) * len(args) for spec, args in zip(specs, leaves, strict=True)],
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P())(
+        thresholds, leaves
+    )
+
+
+def num_entries(leaves: Leaves, axis_name: Any = None) -> int:
+    """Return N, the entries of all leaves, over all devices that `axis_name` spans."""
+    split = _split_axes(leaves, axis_name)
+    return sum(
+        args[0].size * math.prod(map(lax.axis_size, axes))
+        for args, axes in zip(leaves, split, strict=True)
+    )
+
+
+def _split_axes(leaves: Leaves, axis_name: Any) -> list[frozenset[str]]:
+    """Per leaf, over which of the named axes its devices hold parts, not copies."""
+    names = frozenset() if axis_name is None else axis_name
+    names = frozenset([names] if isinstance(names, str) else names)
+    varying = [_varying(args[0]) & names for args in leaves]
+    # With check_vma=False nothing is known, and every leaf has to be split.
+    return varying if any(varying) else [names] * len(leaves)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.mat.varying
+
+
+def _across(axis_name, split, counts):
+    """Sum counts over the devices of an axis; one copy of a leaf counts for all."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    index = {name: lax.axis_index(name) for name in names}  # NameError if unbound
+
+    def once(axes, partial):
+        copied = [index[name] for name in names if name not in axes]
+        return jnp.where(sum(copied) == 0, partial, 0) if copied else partial
+
+    high, low = _total(list(map(once, split, counts)))
+    high, low = lax.psum(jnp.stack([high, low]), names)
+    return high + (low >> WORD), to_words(low)[1]
+
+
+def _by_leaf(score, leaves, thresholds, form) -> list[jax.Array]:
+    """Per leaf, counts of shape (rows, K), none of them above LARGEST."""
+    counts = []
+    for args in leaves:
+        key = order_key(score(*args))
+        axes = _countable_axes(key.shape)
+        by_row = form(key, thresholds, axes)
+        counts.append(by_row.reshape(-1, thresholds.size))
+    return counts
+
+
+def _countable_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As many trailing axes as one int32 can count."""
+    size, axes = 1, []
+    for axis in reversed(range(len(shape))):
+        size *= shape[axis]
+        if size > LARGEST:
+            break
+        axes.append(axis)
+    return tuple(axes)
+
+
+def _total(counts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    high, low = to_words(jnp.concatenate(counts))  # scalars only: (leaves, K)
+    high, low = jnp.sum(high, 0), jnp.sum(low, 0)
+    return high + (low >> WORD), to_words(low)[1]
+
+
+def _fused(key, thresholds, axes):
+    return lax.platform_dependent(
+        key,
+        thresholds,
+        cpu=lambda key, thresholds: _variadic(key, thresholds, axes),
+        default=lambda key, thresholds: _sums(key, thresholds, axes),
+    )
+
+
+def _sums(key, thresholds, axes):
+    """One plain sum per threshold, which accelerators fuse and every mesh can split."""
+    return jnp.stack([jnp.sum(key >= t, axes, jnp.int32) for t in thresholds], -1)
+
+
+def _variadic(key, thresholds, axes):
+    """All thresholds in one reduction.
+
+    On the CPU a plain integer sum becomes a reduce-window, which is never fused: it
+    writes its operand out (n · 4 bytes a threshold, 72 ms against 9 ms for eight
+    thresholds on 25 M entries). A reduction with several operands stays one loop, and
+    vectorises.
+    """
+    hits = [(key >= t).astype(jnp.int32) for t in thresholds]
+
+    def add(a, b):
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    zeros = (np.int32(0),) * len(hits)
+    return jnp.stack(lax.reduce(tuple(hits), zeros, add, axes), -1)
