@@ -162,7 +162,7 @@ def _first_probes(score: Score, leaves: Leaves, whole: Bracket) -> jax.Array:
     """Probes about the threshold of a sample, in its standard errors."""
     total = sum(args[0].size for args in leaves)
     every = math.ceil(total / SAMPLE) | 1  # odd, to fall on all columns in turn
-    sample = [score(*(_blocks(x, every) for x in args)) for args in leaves]
+    sample = [_blocks(score(*args), every) for args in leaves]
     keys = lax.optimization_barrier(order_key(jnp.concatenate(sample)))
     fraction = -whole.under.astype(jnp.float32) / total
     kept = jnp.clip(jnp.round(fraction * keys.size), 1, keys.size).astype(jnp.int32)
@@ -184,9 +184,9 @@ def _first_probes(score: Score, leaves: Leaves, whole: Bracket) -> jax.Array:
     )
 
 
-def _blocks(leaf: jax.Array, every: int) -> jax.Array:
+def _blocks(scores: jax.Array, every: int) -> jax.Array:
     """BLOCK neighbours out of each BLOCK · every, and at least the first of a leaf."""
-    flat = leaf.reshape(-1)
+    flat = scores.reshape(-1)
     number = flat.size // (BLOCK * every)
     if not number:
         return flat[:BLOCK]
