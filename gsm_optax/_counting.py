@@ -10,6 +10,7 @@ This file knows only jax.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -186,14 +187,15 @@ def _across(axis_name, split, counts):
 
 
 def _by_leaf(score, leaves, thresholds, form) -> list[jax.Array]:
-    """Per leaf, counts of shape (rows, K), none of them above LARGEST."""
-    counts = []
-    for args in leaves:
-        key = order_key(score(*args))
-        axes = _countable_axes(key.shape)
-        by_row = form(key, thresholds, axes)
-        counts.append(by_row.reshape(-1, thresholds.size))
-    return counts
+    return [_leaf_counts(score, args, thresholds, form) for args in leaves]
+
+
+@partial(jax.jit, static_argnames=("score", "form"))  # traced once for equal shapes
+def _leaf_counts(score, args, thresholds, form) -> jax.Array:
+    """Counts of shape (rows, K), none of them above LARGEST."""
+    key = order_key(score(*args))
+    by_row = form(key, thresholds, _countable_axes(key.shape))
+    return by_row.reshape(-1, thresholds.size)
 
 
 def _countable_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ This file knows only jax.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ def _read(score, leaves, probes, kept):
     )
 
 
+@partial(jax.jit, static_argnames="score")  # traced once for equal shapes
 def _scan_leaf(score, args, probes):
     """Per row: counts at the probes; sum, greatest and least key from FROM to TO."""
     key = order_key(score(*args))

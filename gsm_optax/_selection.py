@@ -123,10 +123,9 @@ def _select_by_counts(score, leaves, kept, start, axis_name) -> tuple[Bracket, A
         return excess(count(score, data, held, axis_name), kept)
 
     # Every entry reaches key 0, and none the key above that of NaN.
-    zero = jnp.int32(0)
-    everything = count(score, leaves, zero[None], axis_name)
-    over, under = excess(everything, kept)[0], excess((zero, zero), kept)
-    whole = Bracket(zero, jnp.int32(NAN_KEY + 1), over, under)
+    total = to_words(num_entries(leaves, axis_name))
+    over, under = excess(total, kept), excess((0, 0), kept)
+    whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), over, under)
     guess = lax.bitcast_convert_type(start, jnp.int32)
     cold, warm = probes_at(whole, EVENLY), offset_by(guess, FAN, whole)
     first = jnp.where((guess > 0) & (guess < NAN_KEY), warm, cold)
