@@ -49,7 +49,7 @@ def to_words(count: Any) -> tuple[Any, Any]:
     return count >> WORD, count & (1 << WORD) - 1
 
 
-def excess(words: tuple[jax.Array, jax.Array], kept: tuple[Any, Any]) -> jax.Array:
+def excess(words: tuple[Any, Any], kept: tuple[Any, Any]) -> jax.Array:
     """Count minus `kept` as int32, clipped to ±2²⁹: its sign and its zero are exact."""
     high, low = words
     bound = 1 << 29 - WORD
@@ -76,31 +76,28 @@ def count(
         NameError: if there is no such axis.
     """
     kinds = _axis_kinds(leaves)
-    if axis_name is not None:
-        split = _split_axes(leaves, axis_name)
-        return _across(axis_name, split, _by_leaf(score, leaves, thresholds, _fused))
-    if AxisType.Manual in kinds.values():
+    if AxisType.Manual in kinds.values() and axis_name is None:
         raise ValueError(
             f"inside shard_map over {tuple(kinds)} each device would choose by itself: "
             "pass axis_name= the axes that parameters are split over."
         )
-    if not kinds:
-        return _total(_by_leaf(score, leaves, thresholds, _fused))
+    if axis_name is not None:
+        return _count_across(score, leaves, thresholds, axis_name)
     if set(kinds.values()) == {AxisType.Explicit}:
-        return _count_shards(score, leaves, thresholds)
-    # Which device holds what is the compiler's to know: it splits plain sums by itself,
-    # into one all-reduce of scalars for each group of devices that share a leaf.
-    return _total(_by_leaf(score, leaves, thresholds, _sums))
+        return _on_shards(partial(_count_across, score), leaves, thresholds)
+    return _total(_by_leaf(score, leaves, thresholds, _form(kinds)))
 
 
 def smallest_reaching(
     score: Score, leaves: Leaves, threshold: jax.Array, axis_name: Any = None
 ) -> jax.Array:
     """Return the smallest key of all that reaches the threshold, or else NAN_KEY."""
-    keys = (order_key(score(*args)) for args in leaves)
-    least = [jnp.min(jnp.where(key >= threshold, key, NAN_KEY)) for key in keys]
-    smallest = jnp.minimum(jnp.min(jnp.stack(least)), NAN_KEY)
-    return smallest if axis_name is None else lax.pmin(smallest, axis_name)
+    kinds = _axis_kinds(leaves)
+    if axis_name is not None:
+        return _smallest_across(score, leaves, threshold, axis_name)
+    if set(kinds.values()) == {AxisType.Explicit}:
+        return _on_shards(partial(_smallest_across, score), leaves, threshold)
+    return _smallest(score, leaves, threshold, plain=bool(kinds))
 
 
 def is_local(leaves: Leaves) -> bool:
@@ -111,6 +108,8 @@ def is_local(leaves: Leaves) -> bool:
 def _axis_kinds(leaves: Leaves) -> dict[str, AxisType]:
     """Axes of the mesh that the leaves live on: Auto, Explicit or Manual."""
     mesh = _mesh_of(leaves)
+    if not mesh.empty and mesh.size == 1 and AxisType.Manual not in mesh.axis_types:
+        return {}
     return (
         {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     )
@@ -127,25 +126,28 @@ def _mesh_of(leaves: Leaves) -> Any:
     return next(iter(meshes), jax.sharding.get_abstract_mesh())
 
 
-def _count_shards(score, leaves, thresholds):
-    """Each device counts its own shards; one all-reduce adds the words up."""
+def _form(kinds):
+    # On a mesh with Auto axes only the compiler knows which device holds what. It can
+    # split plain sums: into an all-reduce of scalars for each group of devices that
+    # share a leaf. A reduction with several operands it would gather, leaf by leaf.
+    return _sums if kinds else _fused
+
+
+def _on_shards(reduce_across, leaves, thresholds):
+    """Reduce on every device its own shards; only the result crosses devices."""
     mesh = _mesh_of(leaves)
     specs = [jax.typeof(args[0]).sharding.spec for args in leaves]
-    leaves = [
+    placed = [
         tuple(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in args)
         for args, spec in zip(leaves, specs, strict=True)
     ]
+    by_leaf = [(spec,) * len(args) for spec, args in zip(specs, leaves, strict=True)]
 
     def local(thresholds, leaves):
-        counts = _by_leaf(score, leaves, thresholds, _fused)
-        return _across(mesh.axis_names, _split_axes(leaves, mesh.axis_names), counts)
+        return reduce_across(leaves, thresholds, mesh.axis_names)
 
-    in_specs = (
-        P(),
-        [(spec,) * len(args) for spec, args in zip(specs, leaves, strict=True)],
-    )
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P())(
-        thresholds, leaves
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), by_leaf), out_specs=P())(
+        thresholds, placed
     )
 
 
@@ -160,11 +162,19 @@ def num_entries(leaves: Leaves, axis_name: Any = None) -> int:
 
 def _split_axes(leaves: Leaves, axis_name: Any) -> list[frozenset[str]]:
     """Per leaf, over which of the named axes its devices hold parts, not copies."""
-    names = frozenset() if axis_name is None else axis_name
-    names = frozenset([names] if isinstance(names, str) else names)
-    varying = [_varying(args[0]) & names for args in leaves]
-    # With check_vma=False nothing is known, and every leaf has to be split.
-    return varying if any(varying) else [names] * len(leaves)
+    names = _names(axis_name)
+    # With check_vma=False not even a device's own index is known to vary; then nothing
+    # tells copies from parts, and every leaf has to be split.
+    known = all(_varying(lax.axis_index(name)) for name in names)
+    return [
+        _varying(args[0]) & set(names) if known else frozenset(names) for args in leaves
+    ]
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
@@ -172,18 +182,45 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return aval.vma if hasattr(aval, "vma") else aval.mat.varying
 
 
-def _across(axis_name, split, counts):
-    """Sum counts over the devices of an axis; one copy of a leaf counts for all."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    index = {name: lax.axis_index(name) for name in names}  # NameError if unbound
+def _count_across(score, leaves, thresholds, axis_name):
+    """Count on this device and add up; of devices that hold copies, one counts."""
+    names = _names(axis_name)
+    index = {name: lax.axis_index(name) for name in names}
 
-    def once(axes, partial):
+    def once(axes, part):
         copied = [index[name] for name in names if name not in axes]
-        return jnp.where(sum(copied) == 0, partial, 0) if copied else partial
+        return jnp.where(sum(copied) == 0, part, 0) if copied else part
 
-    high, low = _total(list(map(once, split, counts)))
+    counts = _by_leaf(score, leaves, thresholds, _fused)
+    high, low = _total(list(map(once, _split_axes(leaves, names), counts)))
     high, low = lax.psum(jnp.stack([high, low]), names)
     return high + (low >> WORD), to_words(low)[1]
+
+
+def _smallest_across(score, leaves, threshold, axis_name):
+    return lax.pmin(_smallest(score, leaves, threshold, plain=False), axis_name)
+
+
+def _smallest(score, leaves, threshold, plain):
+    least = [_leaf_smallest(score, args, threshold, plain) for args in leaves]
+    return jnp.min(jnp.stack(least))
+
+
+@partial(jax.jit, static_argnames=("score", "plain"))
+def _leaf_smallest(score, args, threshold, plain):
+    key = order_key(score(*args))
+    reaching = jnp.where(key >= threshold, jnp.minimum(key, NAN_KEY), NAN_KEY)
+
+    def fused(reaching):  # see _variadic: the second operand keeps it one loop
+        least, most = np.int32(NAN_KEY), np.int32(0)
+        both = lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]))
+        axes = tuple(range(reaching.ndim))
+        pair = lax.reduce((reaching, reaching), (least, most), both, axes)
+        return lax.optimization_barrier(pair)[0]
+
+    if plain:
+        return jnp.min(reaching)
+    return lax.platform_dependent(reaching, cpu=fused, default=jnp.min)
 
 
 def _by_leaf(score, leaves, thresholds, form) -> list[jax.Array]:
@@ -193,6 +230,9 @@ def _by_leaf(score, leaves, thresholds, form) -> list[jax.Array]:
 @partial(jax.jit, static_argnames=("score", "form"))  # traced once for equal shapes
 def _leaf_counts(score, args, thresholds, form) -> jax.Array:
     """Counts of shape (rows, K), none of them above LARGEST."""
+    # Without the barrier XLA computes the scores once, ahead of the loop that calls
+    # this, and stores them: n · 4 bytes, and slower on the CPU.
+    thresholds, args = lax.optimization_barrier((thresholds, args))
     key = order_key(score(*args))
     by_row = form(key, thresholds, _countable_axes(key.shape))
     return by_row.reshape(-1, thresholds.size)

@@ -101,7 +101,7 @@ def mask_by_importance(
         flags = prunable_tree(prunable, params)
         check_any_prunable(flags, params)
         chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
-        total = num_entries([(leaf,) for leaf in chosen], axis_name)
+        total = num_entries([(leaf,) for leaf in chosen])
         return MaskByImportanceState(
             threshold=jnp.zeros((), jnp.float32),
             num_active=jnp.zeros((), count_dtype(total)),
@@ -127,7 +127,7 @@ def mask_by_importance(
         ]
         # A gradient that is still a fused expression could be rounded differently in
         # the search and in the mask; behind the barrier both read the same bits.
-        chosen = jax.lax.optimization_barrier(list(compress(pairs, flags)))
+        chosen = [jax.lax.optimization_barrier(pair) for pair in compress(pairs, flags)]
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
         data = jax.lax.stop_gradient(chosen)
         kept = num_kept(ratio_now, num_entries(data, axis_name))

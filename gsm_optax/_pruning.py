@@ -66,7 +66,7 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     kept = num_kept(ratio, num_entries(chosen))
     key = select(_magnitude, chosen, kept, jnp.float32(0)).key
     mask = [
-        order_key(_magnitude(x, x)) >= key if flag else jnp.ones(x.shape, bool)
+        order_key(_magnitude(x, x)) >= key if flag else jnp.ones_like(x, bool)
         for x, flag in zip(leaves, flags, strict=True)
     ]
     return jax.tree.unflatten(treedef, mask)

@@ -117,10 +117,7 @@ def _select_by_counts(score, leaves, kept, start, axis_name) -> tuple[Bracket, A
     """Search by counting alone, as any platform and mesh can; in four passes and up."""
 
     def excess_at(probes):
-        # Without the barrier XLA computes the scores once, ahead of the loop, and
-        # stores them: n · 4 bytes, and slower on the CPU.
-        held, data = lax.optimization_barrier((probes, leaves))
-        return excess(count(score, data, held, axis_name), kept)
+        return excess(count(score, leaves, probes, axis_name), kept)
 
     # Every entry reaches key 0, and none the key above that of NaN.
     total = to_words(num_entries(leaves, axis_name))
