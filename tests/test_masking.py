@@ -227,3 +227,34 @@ def test_a_fused_gradient_is_seen_alike_by_search_and_mask():
 
     updates, state = step(params, tx.init(params))
     assert jnp.count_nonzero(updates) == state.num_active == 6000
+
+
+def test_an_ensemble_under_vmap_chooses_model_by_model():
+    rng = np.random.default_rng(5)
+    params, grads = (
+        jnp.asarray(rng.normal(size=(4, 30, 20)), jnp.float32) for _ in range(2)
+    )
+    tx = mask_by_importance(0.9)
+    states = jax.vmap(tx.init)(params)
+    updates, states = jax.jit(jax.vmap(tx.update))(grads, states, params)
+    for i in range(4):
+        alone, state = tx.update(grads[i], tx.init(params[i]), params[i])
+        np.testing.assert_array_equal(updates[i], alone)
+        assert states.num_active[i] == state.num_active == 60
+        assert states.threshold[i] == state.threshold
+
+
+def test_gradients_flow_through_the_update_as_through_a_fixed_mask():
+    params, grads = jnp.arange(1.0, 7).reshape(2, 3), jnp.ones((2, 3))
+    tx = mask_by_importance(0.5)
+    total = lambda grads: jnp.sum(tx.update(grads, tx.init(params), params)[0])
+    assert jax.grad(total)(grads).tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_inside_shard_map_the_axis_must_be_named():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, tx = jnp.ones((8, 8)), mask_by_importance(0.5)
+    step = lambda params: tx.update(params, tx.init(params), params)[0]
+    split = jax.sharding.PartitionSpec("x")
+    with pytest.raises(ValueError, match="pass axis_name="):
+        jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split)(params)

@@ -1,0 +1,532 @@
+"""Any mesh gives the result of one device, and devices exchange nothing but counts."""
+
+import contextlib
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from gsm_optax import (
+    _counting,
+    _selection,
+    gsm_sgd,
+    magnitude_mask,
+    mask_by_importance,
+    prune,
+    sparsity_report,
+)
+
+KILOBYTE = 1024
+
+MIXED = {  # every way to lie on a mesh of axes x and y; 7 and 5 divide by nothing
+    "fsdp": ((64, 24), P("x")),
+    "tensor": ((24, 64), P(None, "y")),
+    "both": ((32, 48), P("x", "y")),
+    "turned": ((3, 16, 8), P(None, "y", "x")),
+    "replicated": ((24, 40), P()),
+    "uneven": ((7, 5), P()),
+    "bias": ((40,), P("y")),
+}
+SHAPES = {name: shape for name, (shape, _) in MIXED.items()}
+
+
+def fsdp(shape):
+    """Split the first axis that all eight devices divide."""
+    axes = [i for i, size in enumerate(shape) if size % 8 == 0]
+    return P(*[None] * axes[0], ("x", "y")) if axes else P()
+
+
+def tensor(shape):
+    """Split the last axis over y, copy over x."""
+    return P(*[None] * (len(shape) - 1), "y") if shape[-1] % 2 == 0 else P()
+
+
+LAYOUTS = {
+    "fsdp": {name: fsdp(shape) for name, shape in SHAPES.items()},
+    "tensor": {name: tensor(shape) for name, shape in SHAPES.items()},
+    "mixed": {name: spec for name, (_, spec) in MIXED.items()},
+    "replicated": dict.fromkeys(SHAPES, P()),
+}
+
+
+def few(tree):
+    """Three leaves of a tree are enough where little depends on their layout."""
+    return {name: tree[name] for name in ("both", "uneven", "bias")}
+
+
+@contextlib.contextmanager
+def mesh_of(mode, shape=(4, 2), names=("x", "y")):
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+    with contextlib.nullcontext() if mode == "auto" else jax.set_mesh(mesh):
+        yield mesh
+
+
+def draw(seed, shapes=SHAPES):
+    """Draw a tree with many ties, zeros, and magnitudes over several decades."""
+    rng = np.random.default_rng(seed)
+    values = np.float32([0, 1e-3, 0.5, 1, 2, 30])
+    return {
+        name: np.where(
+            rng.random(shape) < 0.3, rng.choice(values, shape), rng.normal(size=shape)
+        ).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def place(tree, mesh, layout):
+    return {
+        name: jax.device_put(leaf, NamedSharding(mesh, layout[name]))
+        for name, leaf in tree.items()
+    }
+
+
+def place_scalars(state, mesh):
+    """Copy the scalars of a state to all devices: its big leaves are where they are."""
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+
+
+def make_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    return step
+
+
+def optimizer(**options):
+    """Make an optimizer whose products are exact, its factors being powers of two.
+
+    Otherwise the compiler may contract a product and a sum in one program and not in
+    another, and the last bits of the momentum differ though the masks are the same.
+    """
+    return gsm_sgd(2**-3, ratio=0.9, momentum=0.5, weight_decay=2**-7, **options)
+
+
+def train(step, params, state, place_grads=lambda grads: grads, steps=4):
+    """Run some steps with given gradients; return what there is after each of them."""
+    history = []
+    for seed in range(1, steps + 1):
+        params, state, updates = step(params, state, place_grads(draw(seed)))
+        history.append((params, state, updates))
+    return history
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    tx, params = optimizer(), jax.tree.map(jnp.asarray, draw(0))
+    return jax.device_get(train(jax.jit(make_step(tx)), params, tx.init(params)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout"),
+    [
+        ("auto", "fsdp"),
+        ("auto", "mixed"),
+        ("auto, set_mesh", "mixed"),
+        *(("explicit", layout) for layout in LAYOUTS),
+    ],
+)
+def test_training_equals_one_device_and_keeps_its_sharding(mode, layout, on_one_device):
+    tx, layout = optimizer(), LAYOUTS[layout]
+    with mesh_of(mode) as mesh:
+        params = place(draw(0), mesh, layout)
+        state = place_scalars(tx.init(params), mesh)
+        traced, step = [], make_step(tx)
+        counted = jax.jit(lambda *args: traced.append(1) or step(*args))
+        put = lambda grads: place(grads, mesh, layout)
+        history = train(counted, params, state, put)
+    assert_same_bits(history, on_one_device)
+    assert len(traced) == 1  # later steps do not compile again
+    for tree in (history[-1][0], optax.tree.get(history[-1][1], "trace")):
+        for name, leaf in tree.items():
+            wanted = NamedSharding(mesh, layout[name])
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+
+
+def test_sizes_that_no_axis_divides_may_be_split():
+    """The compiler pads such shards; padding must not be counted."""
+    tx = mask_by_importance(0.8)
+    params, grads = (
+        {name: jnp.asarray(leaf) for name, leaf in few(draw(seed)).items()}
+        for seed in (0, 1)
+    )
+    expected = jax.jit(tx.update)(grads, tx.init(params), params)
+    with mesh_of("auto") as mesh:
+        # Uneven shards exist only inside a program, by a constraint.
+        split = NamedSharding(mesh, P("x", "y"))
+        wide = lambda x: (
+            jax.lax.with_sharding_constraint(x, split) if x.ndim == 2 else x
+        )
+
+        def update(grads, params):
+            grads, params = jax.tree.map(wide, (grads, params))
+            return tx.update(grads, tx.init(params), params)
+
+        put = lambda tree: place(tree, mesh, LAYOUTS["replicated"])
+        assert_same_bits(jax.jit(update)(put(grads), put(params)), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_pruning_equals_one_device_and_keeps_its_sharding(mode):
+    alone = jax.tree.map(jnp.asarray, few(draw(0)))
+    with mesh_of(mode) as mesh:
+        params = place(alone, mesh, LAYOUTS["mixed"])
+        mask, pruned = magnitude_mask(params, 0.9), prune(params, 0.9)
+    assert_same_bits(mask, magnitude_mask(alone, 0.9))
+    assert_same_bits(pruned, prune(alone, 0.9))
+    for name, leaf in pruned.items():
+        assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
+
+
+def test_report_on_an_explicit_mesh_counts_copies_once():
+    alone = jax.tree.map(jnp.asarray, few(draw(0)))
+    with mesh_of("explicit") as mesh:
+        report = sparsity_report(place(alone, mesh, LAYOUTS["mixed"]))
+    assert report == sparsity_report(alone)
+
+
+# What devices exchange, read from the compiled program
+
+
+class Collective(NamedTuple):
+    """One instruction that talks to other devices."""
+
+    op: str
+    computation: str  # empty for the entry computation: once a step, not once a pass
+    size: int  # bytes of its result on one device
+
+
+OPS = (
+    "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
+    "collective-permute|collective-broadcast|send|recv"
+)
+HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+INSTRUCTION = re.compile(rf" = (\(.*?\)|\S+) ({OPS})(?:-start)?\(")
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]")
+
+
+def collectives(compiled):
+    """Return every collective of a compiled program."""
+    found, computation = [], ""
+    for line in compiled.as_text().splitlines():
+        if header := HEADER.match(line):
+            computation = "" if header[1] else header[2]
+        elif match := INSTRUCTION.search(line):
+            found.append(Collective(match[2], computation, size_of(match[1])))
+    return found
+
+
+def size_of(hlo_type):
+    """Bytes of an array or tuple as HLO writes its type."""
+    return sum(
+        int(bits or 8) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for bits, dims in ARRAY.findall(hlo_type)
+    )
+
+
+def compiled_step(mesh, layout, shapes, dtype=jnp.float32):
+    """Compile a step for shapes alone."""
+    struct = lambda shape, spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    params = {name: struct(shape, layout[name]) for name, shape in shapes.items()}
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, P())
+        ),
+        jax.eval_shape(optimizer().init, params),
+    )
+    state = optax.tree.set(state, trace=params)
+    step = jax.jit(make_step_without_updates(optimizer()), donate_argnums=(0, 1))
+    return step.lower(params, state, params).compile()
+
+
+def make_step_without_updates(tx):
+    step = make_step(tx)
+    return lambda *args: step(*args)[:2]
+
+
+def larger(shapes):
+    """Four times the entries, as many leaves."""
+    return {name: (*shape[:-1], 4 * shape[-1]) for name, shape in shapes.items()}
+
+
+def twice(tree):
+    """Two leaves for each, of the same shape or layout."""
+    return {f"{name}.{i}": leaf for name, leaf in tree.items() for i in range(2)}
+
+
+def assert_all_reduces_of_scalars(found, per_pass):
+    """All of it all-reduces, so many in the body of every loop that has any."""
+    assert {c.op for c in found} == {"all-reduce"}
+    in_loops = Counter(c.computation for c in found if c.computation)
+    assert in_loops
+    assert max(in_loops.values()) <= per_pass, found
+
+
+def test_collectives_are_read_from_a_program_that_has_them():
+    with mesh_of("auto") as mesh:
+        x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=row_split(mesh))
+        everywhere = NamedSharding(mesh, P())
+        gather = jax.jit(lambda x: x, out_shardings=everywhere)
+        total = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=everywhere)
+        passes = jax.jit(
+            lambda x: jax.lax.fori_loop(0, 9, lambda _, s: jnp.sin(s + x.sum()), 1.0)
+        )
+        assert collectives(gather.lower(x).compile()) == [
+            ("all-gather", "", 64 * 64 * 4)
+        ]
+        assert collectives(total.lower(x).compile()) == [("all-reduce", "", 64 * 4)]
+        (inside,) = collectives(passes.lower(x).compile())
+        assert (inside.op, inside.size) == ("all-reduce", 4)
+
+
+def row_split(mesh):
+    return NamedSharding(mesh, P("x"))
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+def test_explicit_mesh_one_small_all_reduce_a_pass(layout):
+    with mesh_of("explicit") as mesh:
+        found = collectives(compiled_step(mesh, LAYOUTS[layout], SHAPES))
+    assert_all_reduces_of_scalars(found, per_pass=1)
+    assert max(c.size for c in found) <= KILOBYTE
+
+
+@pytest.fixture(scope="module", params=["auto", "explicit"])
+def mixed(request):
+    """Return a kind of mesh and the collectives of a step in the mixed layout on it."""
+    with mesh_of(request.param) as mesh:
+        found = collectives(compiled_step(mesh, LAYOUTS["mixed"], SHAPES))
+    return request.param, found
+
+
+def test_devices_exchange_scalars_only(mixed):
+    """On an Auto mesh one all-reduce for each way in which leaves are split."""
+    mode, found = mixed
+    assert_all_reduces_of_scalars(found, per_pass=1 if mode == "explicit" else 5)
+    assert max(c.size for c in found) <= KILOBYTE
+
+
+def test_devices_exchange_as_many_bytes_for_larger_leaves(mixed):
+    mode, found = mixed
+    with mesh_of(mode) as mesh:
+        step = compiled_step(mesh, LAYOUTS["mixed"], larger(SHAPES))
+    assert sorted(c[::2] for c in collectives(step)) == sorted(c[::2] for c in found)
+
+
+def test_devices_exchange_as_often_for_more_leaves(mixed):
+    mode, found = mixed
+    with mesh_of(mode) as mesh:
+        step = compiled_step(mesh, twice(LAYOUTS["mixed"]), twice(SHAPES))
+    assert Counter(c.op for c in collectives(step)) == Counter(c.op for c in found)
+
+
+def test_auto_mesh_one_all_reduce_a_pass_if_all_is_split_alike():
+    layout = {name: P("data") if len(s) > 1 else P() for name, s in SHAPES.items()}
+    shapes = {name: (8 * shape[0], *shape[1:]) for name, shape in SHAPES.items()}
+    with mesh_of("auto", (8,), ("data",)) as mesh:
+        found = collectives(compiled_step(mesh, layout, shapes))
+    assert_all_reduces_of_scalars(found, per_pass=1)
+    assert sum(c.size for c in found) <= 4 * KILOBYTE
+
+
+TRANSFORMER = {  # layers stacked; FSDP over x, tensor parallelism over y
+    "embedding": ((1024, 128), P("y", "x")),
+    "qkv": ((4, 128, 384), P(None, "x", "y")),
+    "out": ((4, 128, 128), P(None, "y", "x")),
+    "up": ((4, 128, 512), P(None, "x", "y")),
+    "down": ((4, 512, 128), P(None, "y", "x")),
+    "norm": ((4, 128), P()),
+}
+
+
+def test_transformer_step_compiles_from_shapes_alone():
+    """Some kilobytes for the search, beside about a megabyte of parameters a device."""
+    shapes = {name: shape for name, (shape, _) in TRANSFORMER.items()}
+    layout = {name: spec for name, (_, spec) in TRANSFORMER.items()}
+    with mesh_of("explicit") as mesh:
+        step = compiled_step(mesh, layout, shapes, jnp.bfloat16)
+    assert_all_reduces_of_scalars(collectives(step), per_pass=1)
+    assert max(c.size for c in collectives(step)) <= KILOBYTE
+    assert step.memory_analysis().temp_size_in_bytes < 32 * KILOBYTE
+
+
+# Inside shard_map, where a device sees its own shards
+
+
+def specs_of(tree):
+    return jax.tree.map(lambda x: x.sharding.spec, tree)
+
+
+def shard_mapped(tx, mesh, params, state, **options):
+    """Make a jitted step inside shard_map, sharded as its arguments are."""
+    params, state = specs_of(params), specs_of(state)
+    return jax.jit(
+        jax.shard_map(
+            make_step(tx),
+            mesh=mesh,
+            in_specs=(params, state, params),
+            out_specs=(params, state, params),
+            **options,
+        )
+    )
+
+
+@pytest.mark.parametrize("layout", ["mixed", "replicated"])
+def test_shard_map_with_axis_names_equals_one_device(layout, on_one_device):
+    layout = LAYOUTS[layout]
+    with mesh_of("auto") as mesh:
+        tx, put = optimizer(axis_name=("x", "y")), lambda t: place(t, mesh, layout)
+        params = put(draw(0))
+        state = place_scalars(tx.init(params), mesh)
+        step = shard_mapped(tx, mesh, params, state, check_vma=True)
+        assert_same_bits(train(step, params, state, put), on_one_device)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_one_named_axis_equals_one_device(check_vma):
+    """Unchecked, every prunable leaf must be split over the axis, as all are here."""
+    shapes = {"a": (16, 5), "b": (8, 3, 7), "bias": (9,)}
+    layout = {"a": P("data"), "b": P("data"), "bias": P()}
+    alone, params = optimizer(), jax.tree.map(jnp.asarray, draw(0, shapes))
+    grads = draw(1, shapes)
+    expected = make_step(alone)(params, alone.init(params), grads)
+    with mesh_of("auto", (8,), ("data",)) as mesh:
+        tx, put = optimizer(axis_name="data"), lambda t: place(t, mesh, layout)
+        params = put(params)
+        state = place_scalars(tx.init(params), mesh)
+        step = shard_mapped(tx, mesh, params, state, check_vma=check_vma)
+        assert_same_bits(step(params, state, put(grads)), expected)
+
+
+def test_shard_map_exchanges_one_small_all_reduce_a_pass():
+    with mesh_of("auto") as mesh:
+        tx = optimizer(axis_name=("x", "y"))
+        params = place(draw(0), mesh, LAYOUTS["mixed"])
+        state = place_scalars(tx.init(params), mesh)
+        step = shard_mapped(tx, mesh, params, state)
+        found = collectives(step.lower(params, state, params).compile())
+    assert_all_reduces_of_scalars(found, per_pass=1)
+    assert max(c.size for c in found) <= KILOBYTE
+
+
+@pytest.mark.parametrize("around", ["nothing", "jit", "shard_map"])
+def test_unknown_axis_name_is_named(around):
+    tx = mask_by_importance(0.5, axis_name="nope")
+    params = jnp.ones((8, 8))
+    update = lambda params: tx.update(params, tx.init(params), params)[0]
+    with mesh_of("auto") as mesh:
+        if around == "jit":
+            update = jax.jit(update)
+        elif around == "shard_map":
+            update = jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
+        with pytest.raises(NameError, match="nope"):
+            update(params)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_leaves_on_different_meshes_are_refused(jit):
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    with mesh_of("auto") as one, mesh_of("auto", (2, 4), ("p", "q")) as other:
+        params["a"] = jax.device_put(params["a"], NamedSharding(one, P("x")))
+        params["b"] = jax.device_put(params["b"], NamedSharding(other, P("p")))
+    tx = mask_by_importance(0.5)
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError, match="different meshes"):
+        update(params, tx.init(params), params)
+
+
+# The platform switch, where no accelerator is at hand
+
+
+def lowered(platform):
+    tx, params = optimizer(), jax.tree.map(jnp.asarray, draw(0))
+    traced = jax.jit(make_step(tx)).trace(params, tx.init(params), params)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def lowered_on_mesh(platform):
+    tx = optimizer()
+    with mesh_of("explicit") as mesh:
+        params = place(draw(0), mesh, LAYOUTS["mixed"])
+        state = place_scalars(tx.init(params), mesh)
+        traced = jax.jit(make_step(tx)).trace(params, state, params)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def variadic_reductions(text):
+    """Count the reductions with more operands than an argmax has."""
+    return sum(
+        line.count(" init:") > 2
+        for line in text.splitlines()
+        if "stablehlo.reduce" in line
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("lower", [lowered, lowered_on_mesh])
+def test_accelerators_get_plain_sums(lower, platform):
+    text = lower(platform)
+    assert "stablehlo.reduce" in text
+    assert variadic_reductions(text) == 0
+    for op in ("stablehlo.sort", "top_k", "gather"):
+        assert op not in text, op
+
+
+def test_cpu_gets_one_reduction_for_all_thresholds():
+    assert variadic_reductions(lowered_on_mesh("cpu")) >= 1
+
+
+# Leaves beyond what one int32 counts, made as small as a test
+
+
+@pytest.fixture
+def small_counters(monkeypatch):
+    """Pretend that an int32 counts to 100; nothing compiled otherwise may be reused."""
+    monkeypatch.setattr(_counting, "LARGEST", 100)
+    monkeypatch.setattr(_selection, "LARGEST", 100, raising=False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("small_counters")
+def test_one_device_counts_beyond_one_counter(on_one_device):
+    tx, params = optimizer(), jax.tree.map(jnp.asarray, draw(0))
+    history = train(jax.jit(make_step(tx)), params, tx.init(params))
+    assert_same_values(history, on_one_device)
+
+
+@pytest.mark.usefixtures("small_counters")
+def test_explicit_mesh_counts_beyond_one_counter(on_one_device):
+    tx = optimizer()
+    with mesh_of("explicit") as mesh:
+        put = lambda tree: place(tree, mesh, LAYOUTS["mixed"])
+        params = put(draw(0))
+        state = place_scalars(tx.init(params), mesh)
+        history = train(jax.jit(make_step(tx)), params, state, put)
+    assert_same_values(history, on_one_device)
+
+
+def assert_same_values(actual, expected):
+    """Equal numbers: where int32 is too small, a count of entries is a float32."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), expected)
