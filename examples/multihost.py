@@ -63,7 +63,7 @@ def global_batches(mesh, images, labels, epoch):
 
 
 def train(args, mesh):
-    """Train with GSM from scratch or from the last checkpoint; return the parameters."""
+    """Train with GSM, from the last checkpoint if there is one; return the network."""
     (images, labels), _ = load_data()
     graph, params = nnx.split(MLP(nnx.Rngs(0)))
     params = jax.device_put(params, fsdp(mesh, params))
@@ -127,8 +127,8 @@ def report(graph, params):
     images, labels = load_data()[1]
     accuracy = 100 * np.mean(np.argmax(model(images), -1) == labels)
     print(
-        f"process {jax.process_index()} of {jax.process_count()}: {accuracy:.2f} % with "
-        f"{sparse.nonzero:,} of {sparse.entries:,} kernel entries, "
+        f"process {jax.process_index()} of {jax.process_count()}: "
+        f"{accuracy:.2f} % with {sparse.nonzero:,} of {sparse.entries:,} entries, "
         f"parameters {digest.hexdigest()[:16]}",
         flush=True,
     )
