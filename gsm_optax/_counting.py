@@ -108,11 +108,10 @@ def is_local(leaves: Leaves) -> bool:
 def _axis_kinds(leaves: Leaves) -> dict[str, AxisType]:
     """Axes of the mesh that the leaves live on: Auto, Explicit or Manual."""
     mesh = _mesh_of(leaves)
-    if not mesh.empty and mesh.size == 1 and AxisType.Manual not in mesh.axis_types:
+    kinds = () if mesh.empty else mesh.axis_types
+    if set(kinds) == {AxisType.Auto} and mesh.size == 1:
         return {}
-    return (
-        {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    )
+    return dict(zip(mesh.axis_names, kinds, strict=True))
 
 
 def _mesh_of(leaves: Leaves) -> Any:

@@ -530,3 +530,14 @@ def test_explicit_mesh_counts_beyond_one_counter(on_one_device):
 def assert_same_values(actual, expected):
     """Equal numbers: where int32 is too small, a count of entries is a float32."""
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_a_mesh_of_one_device_is_one_device(mode, on_one_device):
+    tx = optimizer()
+    with mesh_of(mode, shape=(1, 1)) as mesh:
+        params = place(draw(0), mesh, LAYOUTS["mixed"])
+        state = place_scalars(tx.init(params), mesh)
+        put = lambda grads: place(grads, mesh, LAYOUTS["mixed"])
+        history = train(jax.jit(make_step(tx)), params, state, put)
+    assert_same_bits(history, on_one_device)
