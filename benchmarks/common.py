@@ -34,6 +34,12 @@ def sgd() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
 
 
+def decayed_sgd() -> optax.GradientTransformation:
+    """Return what is left of gsm without the selection: decay, momentum, step."""
+    decay = optax.add_decayed_weights(WEIGHT_DECAY, mask=kernels)
+    return optax.chain(decay, sgd())
+
+
 def gsm() -> optax.GradientTransformation:
     """Return what is measured: the whole optimizer of this library."""
     return gsm_sgd(LEARNING_RATE, RATIO, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)

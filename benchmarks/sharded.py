@@ -293,7 +293,7 @@ def received(found):
 
 def draw(records, peers):
     """Ratios to the left, bytes received to the right, by number of devices."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     markers = iter(("o-", "s--", "^-.", "v:"))
     for label, cases in grouped(records, ("layout", "axes")):
         counts = [case["devices"] for case in cases]
@@ -334,7 +334,8 @@ def finish(left, right):
     right.set_yscale("symlog", linthresh=10)
     right.set_ylim(0, 10 * right.get_ylim()[1])
     right.set_title("bytes received by collectives", fontsize=10)
-    right.legend(fontsize=7, loc="center right")
+    legend = {"loc": "outside lower center", "ncols": 3, "fontsize": 8}
+    right.figure.legend(*right.get_legend_handles_labels(), **legend)
 
 
 def few_devices(args):

@@ -119,6 +119,7 @@ def measure(name, run, steps):
     warm = common.Stepper("gsm, warm", common.gsm(), run.params, grads)
     contenders = [
         common.Stepper(YARDSTICK, common.sgd(), run.params, grads),
+        common.Stepper("decay, then sgd", common.decayed_sgd(), run.params, grads),
         warm,
         common.Stepper("gsm, cold", common.gsm(), run.params, grads, cold=True),
     ]

@@ -151,82 +151,79 @@ def print_table(results):
 
 
 def draw(path, results, histories, reports, args):
-    """Draw accuracy, near-zero fraction and per-layer density, in that order."""
-    figure, (top, middle, right) = plt.subplots(
+    """Draw accuracy, near-zero fraction and per-layer density, side by side."""
+    figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(11, 3.4), layout="constrained"
     )
     history = np.array(histories)  # [seed, epoch, (accuracy, near zero)]
-    epochs = np.arange(1, history.shape[1] + 1)
-    last = epochs[-1]
-    for axis, k, colour in ((top, 0, "#1f4e9c"), (middle, 1, "#1f4e9c")):
-        axis.fill_between(
-            epochs,
-            history[..., k].min(0),
-            history[..., k].max(0),
-            color=colour,
-            alpha=0.25,
-        )
-        axis.plot(epochs, history[..., k].mean(0), color=colour, linewidth=1.5)
-        axis.axvline(args.dense_epochs, color="0.4", linestyle=":", linewidth=1)
-        axis.set_xlabel("epoch")
+    draw_history(left, history[..., 0], args.dense_epochs)
+    draw_history(middle, history[..., 1], args.dense_epochs)
     mean = {name: np.mean([scores[name] for scores in results]) for name in results[0]}
-    top.plot(last, mean["GSM pruned"], "*", color="#d55e00", markersize=13, zorder=3)
-    top.annotate(
-        f"GSM, then pruned\n{mean['GSM pruned']:.1f} %",
-        (last, mean["GSM pruned"]),
-        xytext=(-10, -34),
-        textcoords="offset points",
-        ha="right",
-        color="#b34700",
-    )
-    top.plot(args.dense_epochs, mean["one-shot"], "X", color="black", markersize=9)
-    top.annotate(
-        f"dense, pruned at once\n{mean['one-shot']:.1f} %",
-        (args.dense_epochs, mean["one-shot"]),
-        xytext=(10, -4),
-        textcoords="offset points",
-    )
-    top.set(ylim=(0, 104), ylabel="test accuracy (%)", title="Accuracy")
-    top.text(args.dense_epochs + 4, 60, "GSM from here", color="0.3", fontsize=9)
-    middle.axhline(100 * args.ratio, color="black", linestyle="--", linewidth=1)
-    middle.text(last, 100 * args.ratio - 3, "to be pruned", ha="right", va="top")
-    middle.set(ylim=(0, 104), ylabel="kernel entries below 1e-4 (%)")
-    middle.set_title("On their way to zero")
-    layers = [leaf for leaf in reports[0].leaves if leaf.prunable]
-    density = 100 * np.array(
-        [[leaf.density for leaf in r.leaves if leaf.prunable] for r in reports]
-    )
-    names = [
-        f"{leaf.path.split('/')[0]}\n{leaf.shape[0]}x{leaf.shape[1]}" for leaf in layers
-    ]
-    spread = [density.mean(0) - density.min(0), density.max(0) - density.mean(0)]
-    bars = right.bar(
-        names,
-        density.mean(0),
-        yerr=spread,
-        color="#56b4e9",
-        edgecolor="black",
-        capsize=4,
-    )
-    label = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    right.bar_label(bars, fmt="%.1f %%", padding=6, bbox=label)
-    kept = 100 * (1 - args.ratio)
-    right.axhline(
-        kept,
-        color="black",
-        linestyle="--",
-        linewidth=1,
-        zorder=0,
-        label=f"whole model: {kept:.1f} %",
-    )
-    right.legend(loc="upper left", frameon=False)
-    right.set(ylabel="entries kept (%)", title="Density found by layer")
-    right.margins(y=0.2)
+    mark_accuracies(left, mean, args.dense_epochs, history.shape[1])
+    goal = 100 * args.ratio
+    middle.axhline(goal, color="black", linestyle="--", linewidth=1)
+    middle.text(history.shape[1], goal - 3, "to be pruned", ha="right", va="top")
+    middle.set(ylabel="kernel entries below 1e-4 (%)", title="On their way to zero")
+    draw_density(right, reports, 100 - goal)
     seeds = f"{args.seeds} seed{'s' if args.seeds > 1 else ''}"
     figure.suptitle(
         f"Digits, 64-300-100-10, {1 / (1 - args.ratio):.0f}x: mean and range of {seeds}"
     )
     figure.savefig(path, dpi=110)
+
+
+def draw_history(axis, values, dense_epochs):
+    """Draw percentages [seed, epoch]: the mean as a line, the range as a band."""
+    epochs, colour = np.arange(1, values.shape[1] + 1), "#1f4e9c"
+    axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.25)
+    axis.plot(epochs, values.mean(0), color=colour, linewidth=1.5)
+    axis.axvline(dense_epochs, color="0.4", linestyle=":", linewidth=1)
+    axis.set(ylim=(0, 104), xlabel="epoch")
+
+
+def mark_accuracies(axis, mean, dense_epochs, last_epoch):
+    """Mark what pruning costs after GSM, and at once."""
+    gsm, one_shot = mean["GSM pruned"], mean["one-shot"]
+    axis.plot(last_epoch, gsm, "*", color="#d55e00", markersize=13, zorder=3)
+    axis.annotate(
+        f"GSM, then pruned\n{gsm:.1f} %",
+        (last_epoch, gsm),
+        xytext=(-10, -34),
+        textcoords="offset points",
+        ha="right",
+        color="#b34700",
+    )
+    axis.plot(dense_epochs, one_shot, "X", color="black", markersize=9)
+    axis.annotate(
+        f"dense, pruned at once\n{one_shot:.1f} %",
+        (dense_epochs, one_shot),
+        xytext=(10, -4),
+        textcoords="offset points",
+    )
+    axis.text(dense_epochs, 60, "  GSM from here", color="0.3", fontsize=9)
+    axis.set(ylabel="test accuracy (%)", title="Accuracy")
+
+
+def draw_density(axis, reports, kept):
+    """Draw the percentage of entries that every layer kept, and that of the model."""
+    layers = [[leaf for leaf in report.leaves if leaf.prunable] for report in reports]
+    density = 100 * np.array([[leaf.density for leaf in row] for row in layers])
+    names = [
+        f"{leaf.path.split('/')[0]}\n{leaf.shape[0]}x{leaf.shape[1]}"
+        for leaf in layers[0]
+    ]
+    mean = density.mean(0)
+    spread = [mean - density.min(0), density.max(0) - mean]
+    bars = axis.bar(
+        names, mean, yerr=spread, color="#56b4e9", edgecolor="black", capsize=4
+    )
+    label = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.bar_label(bars, fmt="%.1f %%", padding=6, bbox=label)
+    line = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 0}
+    axis.axhline(kept, label=f"whole model: {kept:.1f} %", **line)
+    axis.legend(loc="upper left", frameon=False)
+    axis.set(ylabel="entries kept (%)", title="Density found by layer")
+    axis.margins(y=0.2)
 
 
 def parse_args(argv=None):

@@ -115,26 +115,14 @@ def mask_by_importance(
                 "mask_by_importance compares |param * grad| and needs the parameters: "
                 "call tx.update(grads, state, params)."
             )
-        grads, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
-        pairs = list(zip(treedef.flatten_up_to(params), grads, strict=True))
-        flags = [
-            flag is True and grad is not None and is_inexact(grad)
-            for flag, grad in zip(
-                treedef.flatten_up_to(prunable_tree(prunable, params)),
-                grads,
-                strict=True,
-            )
-        ]
-        # A gradient that is still a fused expression could be rounded differently in
-        # the search and in the mask; behind the barrier both read the same bits.
-        chosen = [jax.lax.optimization_barrier(pair) for pair in compress(pairs, flags)]
+        grads, flags, pairs, treedef = _split(updates, params, prunable)
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
-        data = jax.lax.stop_gradient(chosen)
+        data = jax.lax.stop_gradient(pairs)
         kept = num_kept(ratio_now, num_entries(data, axis_name))
         selection = select(score, data, kept, state.threshold, axis_name)
         masked = iter(
             jnp.where(order_key(score(param, grad)) >= selection.key, grad, 0)
-            for param, grad in chosen
+            for param, grad in pairs
         )
         updates = [
             next(masked) if flag else grad
@@ -149,5 +137,16 @@ def mask_by_importance(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
+def _split(updates: Any, params: Any, prunable: Prunable) -> tuple[Any, ...]:
+    """Gradient leaves (None too), which take part, their (param, grad), the treedef."""
+    grads, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    flags = treedef.flatten_up_to(prunable_tree(prunable, params))
+    flags = [
+        flag is True and grad is not None and is_inexact(grad)
+        for flag, grad in zip(flags, grads, strict=True)
+    ]
+    pairs = zip(treedef.flatten_up_to(params), grads, strict=True)
+    # A gradient that is still a fused expression could be rounded differently in the
+    # search and in the mask; behind the barrier both read the same bits.
+    pairs = [jax.lax.optimization_barrier(pair) for pair in compress(pairs, flags)]
+    return grads, flags, pairs, treedef
