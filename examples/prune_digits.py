@@ -248,7 +248,10 @@ def main(argv=None):
 
     steps = args.epochs * (len(data[0][0]) // BATCH)
     schedule = steps_schedule(3e-2, steps)
-    tx = gsm_sgd(schedule, args.ratio, **GSM_RECIPE)
+    try:
+        tx = gsm_sgd(schedule, args.ratio, **GSM_RECIPE)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     print(decay_budget(schedule, steps, **GSM_RECIPE), end="\n\n")
 
     seeds = tqdm(range(args.seeds), desc="seeds", unit="seed")
