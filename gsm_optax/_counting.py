@@ -49,6 +49,11 @@ def to_words(count: Any) -> tuple[Any, Any]:
     return count >> WORD, count & (1 << WORD) - 1
 
 
+def carry(high: Any, low: Any) -> tuple[Any, Any]:
+    """Move what exceeds the low word into the high one."""
+    return high + (low >> WORD), to_words(low)[1]
+
+
 def excess(words: tuple[Any, Any], kept: tuple[Any, Any]) -> jax.Array:
     """Count minus `kept` as int32, clipped to ±2²⁹: its sign and its zero are exact."""
     high, low = words
@@ -75,29 +80,21 @@ def count(
             axis name.
         NameError: if there is no such axis.
     """
-    kinds = _axis_kinds(leaves)
-    if AxisType.Manual in kinds.values() and axis_name is None:
-        raise ValueError(
-            f"inside shard_map over {tuple(kinds)} each device would choose by itself: "
-            "pass axis_name= the axes that parameters are split over."
-        )
-    if axis_name is not None:
-        return _count_across(score, leaves, thresholds, axis_name)
-    if set(kinds.values()) == {AxisType.Explicit}:
-        return _on_shards(partial(_count_across, score), leaves, thresholds)
-    return _total(_by_leaf(score, leaves, thresholds, _form(kinds)))
+
+    def here(leaves, thresholds, plain):
+        form = _sums if plain else _fused
+        return _total(_by_leaf(score, leaves, thresholds, form))
+
+    across = partial(_count_across, score)
+    return _everywhere(here, across, leaves, thresholds, axis_name)
 
 
 def smallest_reaching(
     score: Score, leaves: Leaves, threshold: jax.Array, axis_name: Any = None
 ) -> jax.Array:
     """Return the smallest key of all that reaches the threshold, or else NAN_KEY."""
-    kinds = _axis_kinds(leaves)
-    if axis_name is not None:
-        return _smallest_across(score, leaves, threshold, axis_name)
-    if set(kinds.values()) == {AxisType.Explicit}:
-        return _on_shards(partial(_smallest_across, score), leaves, threshold)
-    return _smallest(score, leaves, threshold, plain=bool(kinds))
+    here, across = partial(_smallest, score), partial(_smallest_across, score)
+    return _everywhere(here, across, leaves, threshold, axis_name)
 
 
 def is_local(leaves: Leaves) -> bool:
@@ -125,11 +122,22 @@ def _mesh_of(leaves: Leaves) -> Any:
     return next(iter(meshes), jax.sharding.get_abstract_mesh())
 
 
-def _form(kinds):
+def _everywhere(here, across, leaves, thresholds, axis_name):
+    """Reduce all leaves: `across` named axes, or `here` where there are none."""
+    kinds = _axis_kinds(leaves)
+    if axis_name is not None:
+        return across(leaves, thresholds, axis_name)
+    if AxisType.Manual in kinds.values():
+        raise ValueError(
+            f"inside shard_map over {tuple(kinds)} each device would choose by itself: "
+            "pass axis_name= the axes that parameters are split over."
+        )
+    if set(kinds.values()) == {AxisType.Explicit}:
+        return _on_shards(across, leaves, thresholds)
     # On a mesh with Auto axes only the compiler knows which device holds what. It can
     # split plain sums: into an all-reduce of scalars for each group of devices that
     # share a leaf. A reduction with several operands it would gather, leaf by leaf.
-    return _sums if kinds else _fused
+    return here(leaves, thresholds, plain=bool(kinds))
 
 
 def _on_shards(reduce_across, leaves, thresholds):
@@ -192,8 +200,7 @@ def _count_across(score, leaves, thresholds, axis_name):
 
     counts = _by_leaf(score, leaves, thresholds, _fused)
     high, low = _total(list(map(once, _split_axes(leaves, names), counts)))
-    high, low = lax.psum(jnp.stack([high, low]), names)
-    return high + (low >> WORD), to_words(low)[1]
+    return carry(*lax.psum(jnp.stack([high, low]), names))
 
 
 def _smallest_across(score, leaves, threshold, axis_name):
@@ -250,8 +257,7 @@ def _countable_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _total(counts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     high, low = to_words(jnp.concatenate(counts))  # scalars only: (leaves, K)
-    high, low = jnp.sum(high, 0), jnp.sum(low, 0)
-    return high + (low >> WORD), to_words(low)[1]
+    return carry(jnp.sum(high, 0), jnp.sum(low, 0))
 
 
 def _fused(key, thresholds, axes):
@@ -276,10 +282,14 @@ def _variadic(key, thresholds, axes):
     thresholds on 25 M entries). A reduction with several operands stays one loop, and
     vectorises.
     """
-    hits = [(key >= t).astype(jnp.int32) for t in thresholds]
+    return sum_together([(key >= t).astype(jnp.int32) for t in thresholds], axes)
+
+
+def sum_together(operands: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+    """Sum K int32 arrays over `axes` in one loop; shape (..., K)."""
 
     def add(a, b):
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    zeros = (np.int32(0),) * len(hits)
-    return jnp.stack(lax.reduce(tuple(hits), zeros, add, axes), -1)
+    zeros = (np.int32(0),) * len(operands)
+    return jnp.stack(lax.reduce(tuple(operands), zeros, add, axes), -1)

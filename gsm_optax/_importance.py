@@ -97,6 +97,10 @@ class Score:
         return jnp.where(score <= 0, 0, jnp.abs(score))
 
 
+magnitude_score = Score(magnitude_importance)
+"""Magnitudes without a gradient: call it with the parameter in both places."""
+
+
 def _in_single_precision(x: jax.Array) -> jax.Array:
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
 

@@ -10,15 +10,12 @@ from gsm_optax._checks import check_ratio
 from gsm_optax._counting import num_entries, order_key
 from gsm_optax._importance import (
     Prunable,
-    Score,
     check_any_prunable,
     kernels,
-    magnitude_importance,
+    magnitude_score,
     prunable_tree,
 )
 from gsm_optax._selection import num_kept, select
-
-_magnitude = Score(magnitude_importance)
 
 
 def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
@@ -64,9 +61,9 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     # Magnitude needs no gradient: the parameter stands in for both arguments.
     chosen = [(x, x) for x, flag in zip(leaves, flags, strict=True) if flag]
     kept = num_kept(ratio, num_entries(chosen))
-    key = select(_magnitude, chosen, kept, jnp.float32(0)).key
+    key = select(magnitude_score, chosen, kept, jnp.float32(0)).key
     mask = [
-        order_key(_magnitude(x, x)) >= key if flag else jnp.ones_like(x, bool)
+        order_key(magnitude_score(x, x)) >= key if flag else jnp.ones_like(x, bool)
         for x, flag in zip(leaves, flags, strict=True)
     ]
     return jax.tree.unflatten(treedef, mask)

@@ -29,7 +29,7 @@ from gsm_optax._bracket import (
     probes_at,
     search,
 )
-from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key
+from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
 
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
@@ -38,16 +38,14 @@ FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
 # A read counts at six probes and collects between two of them, FROM and TO.
 FROM, TO = 1, 4
-FIRST = np.array(
-    [-8, -1.3, -0.4, 0.4, 1.3, 8], np.float32
-)  # in standard errors of the sample
-SPREAD = np.array(
-    [-12, -4, -1, 1, 4, 12], np.float32
-)  # in standard deviations of the guess
-WHOLE = np.array([0, 0, 1 / 3, 2 / 3, 1, 1], np.float32)  # as fractions of the bracket
-CLOSE = np.array(
-    [-4, -1.2, -0.3, 0.3, 1.2, 4], np.float32
-)  # for data that is cheap to read
+# The first read's probes, in standard errors of the sample:
+FIRST = np.array([-8, -1.3, -0.4, 0.4, 1.3, 8], np.float32)
+# those of later reads, in standard deviations of the guess:
+SPREAD = np.array([-12, -4, -1, 1, 4, 12], np.float32)
+# those that collect all of a bracket, as fractions of its width:
+WHOLE = np.array([0, 0, 1 / 3, 2 / 3, 1, 1], np.float32)
+# and those for data that is cheap to read, in standard deviations.
+CLOSE = np.array([-4, -1.2, -0.3, 0.3, 1.2, 4], np.float32)
 
 
 def select_by_rows(
@@ -90,17 +88,10 @@ def _read(score, leaves, probes, kept):
     collected = (between.over >= 0) & (between.under < 0) & jnp.all(known)
     # Up to three different keys a row, or any number of equal ones.
     third = jnp.where(most == least, most, total - most - least)
-    often = (
-        jnp.minimum(number, 1),
-        jnp.clip(number - 1, 0, 1),
-        jnp.maximum(number - 2, 0),
-    )
-    return (
-        excess,
-        between,
-        (jnp.stack([most, least, third]), jnp.stack(often)),
-        collected,
-    )
+    first, second = jnp.minimum(number, 1), jnp.clip(number - 1, 0, 1)
+    keys = jnp.stack([most, least, third])
+    often = jnp.stack([first, second, jnp.maximum(number - 2, 0)])
+    return excess, between, (keys, often), collected
 
 
 @partial(jax.jit, static_argnames="score")  # traced once for equal shapes
@@ -151,13 +142,8 @@ def _finish(bracket, keys, often, collected):
 
 
 def _count(keys: jax.Array, probes: jax.Array, often: jax.Array | int = 1) -> jax.Array:
-    hits = tuple(jnp.where(keys >= probe, often, 0) for probe in probes)
-
-    def add(a, b):
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    zeros = (np.int32(0),) * len(hits)
-    return jnp.stack(lax.reduce(hits, zeros, add, tuple(range(keys.ndim))))
+    hits = [jnp.where(keys >= probe, often, 0) for probe in probes]
+    return sum_together(hits, tuple(range(keys.ndim)))
 
 
 def _first_probes(score: Score, leaves: Leaves, whole: Bracket) -> jax.Array:

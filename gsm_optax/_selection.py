@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gsm_optax._bracket import Bracket, offset_by, probes_at, search
+from gsm_optax._bracket import Bracket, next_probes, offset_by, search
 from gsm_optax._counting import (
     LARGEST,
     NAN_KEY,
     WORD,
     Leaves,
     Score,
+    carry,
     count,
     excess,
     is_local,
@@ -38,7 +39,6 @@ from gsm_optax._rows import select_by_rows
 # A warm start spreads eight thresholds about the last one. A factor of two in the score
 # is 2²³ in its key, and in training the threshold drifts by 10 to 60 % a step.
 FAN = np.array([-16, -6, -3, -1, 1, 3, 6, 16], np.int32) * 2**20
-EVENLY = np.arange(1, 9, dtype=np.float32) / 9
 SPREAD = np.array([-4, -1.6, -0.6, -0.15, 0.15, 0.6, 1.6, 4], np.float32)
 
 
@@ -62,10 +62,12 @@ def num_kept(ratio: Any, total: int) -> tuple[Any, Any]:
     passive = jnp.clip(passive, 0, np.float32(total))
     high = jnp.floor(passive / 2**WORD)
     low = passive - high * 2**WORD
-    low = total % 2**WORD - low.astype(jnp.int32)
-    high = total // 2**WORD - high.astype(jnp.int32) + (low >> WORD)
+    all_high, all_low = to_words(total)
+    high, low = carry(
+        all_high - high.astype(jnp.int32), all_low - low.astype(jnp.int32)
+    )
     # float32 may round the passive count above the total.
-    return jnp.maximum(high, 0), jnp.where(high < 0, 0, to_words(low)[1])
+    return jnp.maximum(high, 0), jnp.where(high < 0, 0, low)
 
 
 @partial(jax.jit, static_argnames=("score", "axis_name"))
@@ -98,7 +100,7 @@ def select(
         return Selection(jnp.int32(0), jnp.int32(0))
 
     def by_counts(leaves, kept, start):
-        return _select_by_counts(score, leaves, kept, start, axis_name)
+        return _select_by_counts(score, leaves, kept, total, start, axis_name)
 
     def by_rows(leaves, kept, start):
         del start
@@ -113,18 +115,19 @@ def select(
     return _selection(found, key, kept, total)
 
 
-def _select_by_counts(score, leaves, kept, start, axis_name) -> tuple[Bracket, Any]:
+def _select_by_counts(
+    score, leaves, kept, total, start, axis_name
+) -> tuple[Bracket, Any]:
     """Search by counting alone, as any platform and mesh can; in four passes and up."""
 
     def excess_at(probes):
         return excess(count(score, leaves, probes, axis_name), kept)
 
     # Every entry reaches key 0, and none the key above that of NaN.
-    total = to_words(num_entries(leaves, axis_name))
-    over, under = excess(total, kept), excess((0, 0), kept)
+    over, under = excess(to_words(total), kept), excess((0, 0), kept)
     whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), over, under)
     guess = lax.bitcast_convert_type(start, jnp.int32)
-    cold, warm = probes_at(whole, EVENLY), offset_by(guess, FAN, whole)
+    cold, warm = next_probes(whole, whole, SPREAD), offset_by(guess, FAN, whole)
     first = jnp.where((guess > 0) & (guess < NAN_KEY), warm, cold)
     found = search(excess_at, whole, first, SPREAD)
     return found, smallest_reaching(score, leaves, found.low, axis_name)

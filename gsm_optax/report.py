@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsm_optax._importance import Prunable, is_inexact, kernels, prunable_tree
+from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
 from gsm_optax._selection import count_reaching
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
@@ -204,16 +204,12 @@ def _countable(leaf: Any) -> Any:
     return jnp.float32 if dtype == jnp.bool_ else dtype
 
 
-def _magnitude(leaf: jax.Array) -> jax.Array:
-    return jnp.abs(leaf if is_inexact(leaf) else leaf.astype(jnp.float32)).astype(
-        jnp.float32
-    )
-
-
 def _magnitudes(leaf: jax.Array) -> tuple[int, ...]:
     # The smallest float above zero, so that the first count is of all non-zeros.
     least = float(jnp.finfo(jnp.float32).smallest_subnormal)
-    reaching = count_reaching(_magnitude, [(leaf,)], (least, *EDGES, math.nan))
+    reaching = count_reaching(
+        magnitude_score, [(leaf, leaf)], (least, *EDGES, math.nan)
+    )
     bounds = [leaf.size, *reaching, 0]
     return tuple(a - b for a, b in pairwise(bounds))
 
