@@ -30,8 +30,14 @@ def narrow(bracket: Bracket, probes: jax.Array, excess: jax.Array) -> Bracket:
     return Bracket(keys[last], keys[last + 1], excess[last], excess[last + 1])
 
 
-def interpolate(bracket: Bracket) -> tuple[jax.Array, jax.Array, jax.Array]:
+def interpolate(
+    bracket: Bracket, grid: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Guess where in the bracket the excess is zero.
+
+    Args:
+        bracket: two keys about the wanted one.
+        grid: keys are likely to be multiples of this; a float32 scalar.
 
     Returns:
         The guess and its standard deviation as fractions of the width of the bracket,
@@ -40,8 +46,11 @@ def interpolate(bracket: Bracket) -> tuple[jax.Array, jax.Array, jax.Array]:
     over, under = bracket.over.astype(jnp.float32), bracket.under.astype(jnp.float32)
     keys = over - under
     guess = over / keys
-    # Of keys strewn evenly, that many are found beside the guess by chance.
-    return guess, jnp.sqrt(guess * (1 - guess) / keys) + 1 / keys, keys
+    # Of keys strewn evenly, that many are found beside the guess by chance; those that
+    # tie are strewn together.
+    places = (bracket.high - bracket.low).astype(jnp.float32) / grid
+    apart = jnp.maximum(jnp.minimum(keys, places), 1)
+    return guess, jnp.sqrt(guess * (1 - guess) / apart) + 1 / apart, keys
 
 
 def probes_at(bracket: Bracket, fractions: jax.Array | np.ndarray) -> jax.Array:
@@ -58,13 +67,18 @@ def offset_by(
     return key + jnp.clip(offsets, bracket.low - key, bracket.high - key)
 
 
-def next_probes(old: Bracket, new: Bracket, spread: np.ndarray) -> jax.Array:
+def next_probes(
+    old: Bracket,
+    new: Bracket,
+    spread: jax.Array | np.ndarray,
+    grid: jax.Array | float = 1.0,
+) -> jax.Array:
     """Probes about the interpolated key, `spread` of its standard deviations away.
 
     Where the last pass took away less than three quarters, they split the bracket
     evenly instead: that bounds the number of passes under ties and odd scores.
     """
-    guess, deviation, _ = interpolate(new)
+    guess, deviation, _ = interpolate(new, grid)
     evenly = np.arange(1, spread.size + 1, dtype=np.float32) / (spread.size + 1)
     stuck = new.high - new.low > (old.high - old.low) // 4
     return probes_at(new, jnp.where(stuck, evenly, guess + spread * deviation))

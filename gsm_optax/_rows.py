@@ -42,6 +42,8 @@ FROM, TO = 1, 4
 FIRST = np.array([-8, -1.3, -0.4, 0.4, 1.3, 8], np.float32)
 # those of later reads, in standard deviations of the guess:
 SPREAD = np.array([-12, -4, -1, 1, 4, 12], np.float32)
+# the same where keys lie on a grid: so many tie that a wider range would overflow rows;
+TIED = np.array([-6, -2, -0.5, 0.5, 2, 6], np.float32)
 # those that collect all of a bracket, as fractions of its width:
 WHOLE = np.array([0, 0, 1 / 3, 2 / 3, 1, 1], np.float32)
 # and those for data that is cheap to read, in standard deviations.
@@ -69,9 +71,10 @@ def select_by_rows(
         excess, between, (keys, often), collected = _read(score, data, probes, kept)
         new = narrow(old, probes, excess)
         new = jax.tree.map(lambda a, b: jnp.where(collected, a, b), between, new)
-        return new, _next(old, new), (keys, often), collected
+        return new, _next(old, new, grid), (keys, often), collected
 
-    start = whole, _first_probes(score, leaves, whole), (empty, empty), False
+    first, grid = _sampled(score, leaves, whole)
+    start = whole, first, (empty, empty), False
     bracket, _, (keys, often), collected = lax.while_loop(unfinished, one_read, start)
     return _finish(bracket, keys, often, collected)
 
@@ -123,9 +126,10 @@ def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return ()
 
 
-def _next(old: Bracket, new: Bracket) -> jax.Array:
+def _next(old: Bracket, new: Bracket, grid: jax.Array) -> jax.Array:
     few = interpolate(new)[2] <= FEW
-    return jnp.where(few, probes_at(new, WHOLE), next_probes(old, new, SPREAD))
+    spread = jnp.where(grid > 1, TIED, SPREAD)
+    return jnp.where(few, probes_at(new, WHOLE), next_probes(old, new, spread, grid))
 
 
 def _finish(bracket, keys, often, collected):
@@ -146,8 +150,13 @@ def _count(keys: jax.Array, probes: jax.Array, often: jax.Array | int = 1) -> ja
     return sum_together(hits, tuple(range(keys.ndim)))
 
 
-def _first_probes(score: Score, leaves: Leaves, whole: Bracket) -> jax.Array:
-    """Probes about the threshold of a sample, in its standard errors."""
+def _sampled(
+    score: Score, leaves: Leaves, whole: Bracket
+) -> tuple[jax.Array, jax.Array]:
+    """Probes about the threshold of a sample, in its standard errors; and the grid.
+
+    Products of bfloat16 numbers have 16 bits: their keys are multiples of 256.
+    """
     total = sum(args[0].size for args in leaves)
     every = math.ceil(total / SAMPLE) | 1  # odd, to fall on all columns in turn
     sample = [_blocks(score(*args), every) for args in leaves]
@@ -167,9 +176,11 @@ def _first_probes(score: Score, leaves: Leaves, whole: Bracket) -> jax.Array:
     width = (found.high - found.low).astype(jnp.float32)
     offsets = jnp.clip((guess + FIRST * error / number) * width, -(2.0**30), 2.0**30)
     # One key up from a tie, so that the bracket can close about it.
-    return offset_by(
+    probes = offset_by(
         found.low, offsets.astype(jnp.int32) + (FIRST > 0).astype(np.int32), whole
     )
+    bits = lax.reduce_or(keys, (0,))
+    return probes, jnp.maximum(bits & -bits, 1).astype(jnp.float32)
 
 
 def _blocks(scores: jax.Array, every: int) -> jax.Array:
