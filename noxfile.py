@@ -1,0 +1,14 @@
+"""`nox` runs the tests with the oldest and with the newest supported versions."""
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+
+
+@nox.session
+@nox.parametrize("resolution", ["lowest-direct", "highest"])
+def tests(session, resolution):
+    """Install as pyproject.toml declares it, the lowest or the highest, and test."""
+    session.install("-e", ".[dev]", env={"UV_RESOLUTION": resolution})
+    session.run("uv", "pip", "list", external=True)
+    session.run("pytest", *session.posargs)
