@@ -1,5 +1,9 @@
 """Global Sparse Momentum SGD: prune JAX networks while they train."""
 
+from gsm_optax._churn import (
+    TrackChurnState as TrackChurnState,
+    track_churn as track_churn,
+)
 from gsm_optax._gsm import gsm as gsm, gsm_sgd as gsm_sgd
 from gsm_optax._importance import (
     gradient_importance as gradient_importance,
@@ -11,9 +15,11 @@ from gsm_optax._masking import (
     MaskByImportanceState as MaskByImportanceState,
     mask_by_importance as mask_by_importance,
 )
+from gsm_optax._metrics import metrics as metrics
 from gsm_optax._planning import (
     DecayBudget as DecayBudget,
     decay_budget as decay_budget,
+    decay_budget_left as decay_budget_left,
 )
 from gsm_optax._pruning import (
     FreezePrunedState as FreezePrunedState,
@@ -22,6 +28,7 @@ from gsm_optax._pruning import (
     magnitude_mask as magnitude_mask,
     prune as prune,
 )
+from gsm_optax._recording import Recorder as Recorder
 from gsm_optax.report import (
     SparsityReport as SparsityReport,
     sparsity_report as sparsity_report,

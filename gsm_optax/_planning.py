@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +76,54 @@ def decay_budget(
         >>> print(budget)
         decay budget 19.2: a passive weight shrinks to 4.4e-09 of itself. Pruning ...
     """
+    total = float(_decay_by_step(learning_rate, steps, momentum, weight_decay).sum())
+    budget = DecayBudget(total, math.exp(-total), _advice(total, steps, weight_decay))
+    if total < RISKY:
+        warnings.warn(str(budget), stacklevel=2)
+    return budget
+
+
+def decay_budget_left(
+    learning_rate: optax.ScalarOrSchedule,
+    steps: int,
+    *,
+    momentum: float = 0.98,
+    weight_decay: float = 1e-4,
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    r"""Make a function that tells how much of the decay budget is still to come.
+
+    After :math:`k` steps it is :math:`\sum_{j \ge k} \alpha_j \eta / (1 - \beta)`: a
+    weight that turns passive now will shrink to :math:`e^{-left}` of itself. For
+    `metrics` and `Recorder`.
+
+    Args:
+        learning_rate: :math:`\alpha`, a float or an optax schedule.
+        steps: number of optimizer steps (not epochs).
+        momentum: :math:`\beta`, in [0, 1), as given to `gsm`.
+        weight_decay: :math:`\eta`, as given to `gsm`.
+
+    Returns:
+        A function of the number of steps taken, as optax's schedules are: int or traced
+        int32 in, float32 scalar out. It holds one float32 a step.
+
+    Raises:
+        ValueError: for arguments outside their range.
+
+    Example:
+        >>> from gsm_optax import decay_budget_left
+        >>> left = decay_budget_left(0.01, 4000, momentum=0.98, weight_decay=0.006)
+        >>> print(left(0), left(3000), left(4000))
+        12.0 3.0 0.0
+    """
+    decays = _decay_by_step(learning_rate, steps, momentum, weight_decay)
+    left = np.append(np.cumsum(decays[::-1])[::-1], 0).astype(np.float32)
+    return lambda step: jnp.asarray(left)[jnp.clip(step, 0, int(steps))]
+
+
+def _decay_by_step(
+    learning_rate: Any, steps: Any, momentum: Any, weight_decay: Any
+) -> np.ndarray:
+    """Check the arguments; return α_k η / (1 − β) of every step k, float64."""
     check_momentum(momentum)
     check_weight_decay(weight_decay)
     if not (is_static(steps) and steps > 0 and steps == int(steps)):
@@ -82,23 +131,15 @@ def decay_budget(
             f"steps={steps} must be a positive whole number of optimizer steps: epochs "
             "times batches per epoch."
         )
-    total = _sum_over(learning_rate, int(steps)) * weight_decay / (1 - momentum)
-    budget = DecayBudget(total, math.exp(-total), _advice(total, steps, weight_decay))
-    if total < RISKY:
-        warnings.warn(str(budget), stacklevel=2)
-    return budget
-
-
-def _sum_over(learning_rate: Any, steps: int) -> float:
     if callable(learning_rate):
-        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)), np.float64)
+        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(int(steps))), np.float64)
     else:
-        rates = np.full(1, float(learning_rate)) * steps
+        rates = np.full(int(steps), float(learning_rate))
     if not (rates >= 0).all():
         raise ValueError(
             f"learning_rate must not be negative or NaN, but reaches {rates.min()}."
         )
-    return float(rates.sum())
+    return rates * weight_decay / (1 - momentum)
 
 
 def _advice(total: float, steps: int, weight_decay: float) -> str:

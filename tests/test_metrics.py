@@ -1,0 +1,416 @@
+"""metrics, track_churn and Recorder against NumPy, on one device and on eight."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from gsm_optax import (
+    Recorder,
+    decay_budget,
+    decay_budget_left,
+    gradient_importance,
+    gsm,
+    gsm_sgd,
+    magnitude_importance,
+    mask_by_importance,
+    metrics,
+    prune,
+    track_churn,
+)
+
+SHAPES = {"bias": (24,), "conv": (3, 16, 8), "dense": (32, 24)}
+KERNELS = ("conv", "dense")
+SPLIT = {"bias": P(), "conv": P(None, "x", "y"), "dense": P("y")}
+TOTAL = 3 * 16 * 8 + 32 * 24
+
+
+def draw(seed):
+    """Draw a tree with ties, zeros, and magnitudes over several decades."""
+    rng = np.random.default_rng(seed)
+    ties = np.float32([0, 1e-9, 1e-5, 1e-3, 0.5, 2])
+    return {
+        name: np.where(
+            rng.random(shape) < 0.3, rng.choice(ties, shape), rng.normal(size=shape)
+        ).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def run(tx, params, steps=5, place=lambda tree: jax.tree.map(jnp.asarray, tree)):
+    """Give drawn gradients; return (params before, grads, state after) of each step."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, history = place(params), []
+    state = tx.init(params)
+    for seed in range(1, steps + 1):
+        grads = place(draw(seed))
+        new_params, state = step(params, state, grads)
+        history.append((params, grads, state))
+        params = new_params
+    return history
+
+
+def churn_of(state):
+    return int(optax.tree.get(state, "churn"))
+
+
+# Churn
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize(
+    ("importance", "score"),
+    [
+        (None, lambda w, g: np.abs(w * g)),
+        (magnitude_importance, lambda w, g: np.abs(w)),
+        (gradient_importance, lambda w, g: np.abs(g)),
+    ],
+)
+def test_churn_is_that_of_numpy(ratio, importance, score):
+    options = {"importance": importance} if importance else {}
+    tx = track_churn(gsm_sgd(2**-3, ratio, momentum=0.5, **options), **options)
+    before = [np.zeros(SHAPES[name], bool) for name in KERNELS]
+    for params, grads, state in run(tx, draw(0)):
+        scores = [score(np.asarray(params[k]), np.asarray(grads[k])) for k in KERNELS]
+        now = oracle.active(scores, oracle.budget(ratio, TOTAL))
+        assert churn_of(state) == sum(
+            np.sum(a != b) for a, b in zip(before, now, strict=True)
+        )
+        for name, mask in zip(KERNELS, now, strict=True):
+            np.testing.assert_array_equal(state.active[name], mask)
+        before = now
+
+
+def test_churn_at_the_first_step_is_the_number_of_active_entries():
+    ((_, _, state),) = run(track_churn(gsm(0.9)), draw(0), steps=1)
+    assert churn_of(state) == optax.tree.get(state, "num_active") > 0
+
+
+def test_watching_changes_nothing():
+    plain, tx = gsm_sgd(2**-3, 0.9), track_churn(gsm_sgd(2**-3, 0.9))
+    for (params, _, state), (watched, _, wrapped) in zip(
+        run(plain, draw(0)), run(tx, draw(0)), strict=True
+    ):
+        for name in SHAPES:
+            np.testing.assert_array_equal(params[name], watched[name])
+        assert optax.tree.get(wrapped, "threshold") == state[0][0].threshold
+
+
+def test_the_same_gradients_again_are_no_churn():
+    tx, params = (
+        track_churn(mask_by_importance(0.9)),
+        jax.tree.map(jnp.asarray, draw(0)),
+    )
+    grads, state = jax.tree.map(jnp.asarray, draw(1)), tx.init(params)
+    _, state = tx.update(grads, state, params)
+    _, state = tx.update(grads, state, params)
+    assert churn_of(state) == 0
+
+
+def test_gradients_that_are_fused_expressions_give_the_mask_that_is_applied():
+    """The threshold entry must not be lost to a rounding of its own."""
+    tx = track_churn(mask_by_importance(0.9))
+    x = jax.random.normal(jax.random.key(0), (16, 64))
+    params = jax.random.normal(jax.random.key(1), (64, 48))
+
+    @jax.jit
+    def step(params, state):
+        loss = lambda w: jnp.mean(jnp.tanh(x @ w) ** 2) + 0.1 * jnp.mean(jnp.sin(w * w))
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return params - updates, updates, state
+
+    state = tx.init(params)
+    for _ in range(5):
+        params, updates, state = step(params, state)
+        np.testing.assert_array_equal(state.active, updates != 0)
+
+
+def test_leaves_without_gradient_and_other_types_pass():
+    params = {
+        "a": jnp.ones((4, 4)),
+        "b": jnp.ones((2, 2)),
+        "n": None,
+        "i": jnp.arange(3),
+    }
+    tx = track_churn(mask_by_importance(0.5))
+    state = tx.init(params)
+    grads = {"a": jnp.eye(4), "b": None, "n": None, "i": np.zeros(3, jax.dtypes.float0)}
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    assert churn_of(state) == 4
+    assert updates["b"] is None
+    assert not state.active["b"].any()
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (optax.sgd(0.1), "found 0 states"),
+        (optax.chain(gsm(0.5), gsm(0.9)), "found 2 states"),
+    ],
+)
+def test_there_must_be_one_choice_to_watch(inner, message):
+    with pytest.raises(ValueError, match=message):
+        track_churn(inner).init({"w": jnp.ones((2, 2))})
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+        lambda tx: optax.partition({"all": tx}, "all"),
+    ],
+)
+def test_churn_can_be_read_through_wrappers(wrap):
+    bare = run(track_churn(gsm_sgd(2**-3, 0.9)), draw(0), steps=1)[-1][2]
+    params, _, state = run(wrap(track_churn(gsm_sgd(2**-3, 0.9))), draw(0), steps=1)[-1]
+    assert metrics(params, state)["gsm/churn"] == churn_of(bare)
+
+
+def test_map_params_places_the_mask_like_the_parameters():
+    params = jax.tree.map(jnp.asarray, draw(0))
+    tx = track_churn(gsm_sgd(0.1, 0.9))
+    state = optax.tree.map_params(tx, lambda x: x + x, tx.init(params))
+    assert state.active["dense"].shape == SHAPES["dense"]
+
+
+# On meshes
+
+
+def on_mesh(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+
+    def place(tree):
+        return {
+            name: jax.device_put(leaf, NamedSharding(mesh, SPLIT[name]))
+            for name, leaf in tree.items()
+        }
+
+    return mesh, place
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_record_what_one_does(kind):
+    tx = track_churn(gsm_sgd(2**-3, 0.9, momentum=0.5, weight_decay=2**-7))
+    mesh, place = on_mesh(kind)
+    alone, sharded = Recorder(), Recorder()
+    for step, (params, _, state) in enumerate(run(tx, draw(0), steps=3)):
+        alone(step, params, state)
+    with jax.set_mesh(mesh):
+        history = run(tx, draw(0), steps=3, place=place)
+        for step, (params, _, state) in enumerate(history):
+            sharded(step, params, state)
+    assert sharded.records == alone.records
+    active = state.active["dense"]
+    assert active.sharding.is_equivalent_to(params["dense"].sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_devices_exchange_no_arrays(kind):
+    tx = track_churn(mask_by_importance(0.9))
+    mesh, place = on_mesh(kind)
+    with jax.set_mesh(mesh):
+        params = place(draw(0))
+        lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+    text = lowered.compile().as_text()
+    assert "all-reduce" in text
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+
+
+def test_under_shard_map_with_an_axis_name():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tx = track_churn(mask_by_importance(0.9, axis_name="x"), axis_name="x")
+    params, grads = jnp.asarray(draw(0)["dense"]), jnp.asarray(draw(1)["dense"])
+
+    def local(params, grads):
+        return tx.update(grads, tx.init(params), params)[1].churn
+
+    churn = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P())
+    alone = track_churn(mask_by_importance(0.9))
+    _, state = alone.update(grads, alone.init(params), params)
+    assert jax.jit(churn)(params, grads) == churn_of(state)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9])
+def test_metrics_are_those_of_numpy(ratio):
+    tx = gsm_sgd(2**-3, ratio)
+    for params, grads, state in run(tx, prune(draw(0), 0.2), steps=2):
+        values = metrics(params, state)
+        assert values == jax.jit(metrics)(params, state)
+        weights = np.concatenate([np.ravel(params[k]) for k in KERNELS])
+        scores = [np.abs(np.asarray(params[k]) * np.asarray(grads[k])) for k in KERNELS]
+        active = oracle.active(scores, oracle.budget(ratio, TOTAL))
+        chosen = np.concatenate([s[b] for s, b in zip(scores, active, strict=True)])
+        expected = {
+            "gsm/threshold": chosen.min() if ratio else 0,
+            "gsm/num_active": chosen.size,
+            "gsm/active_fraction": chosen.size / TOTAL,
+            "gsm/density": np.mean(weights != 0),
+            "gsm/near_zero": np.mean(np.abs(weights) < np.float32(1e-4)),
+        }
+        assert list(values) == list(expected)
+        for name, value in expected.items():
+            assert values[name].shape == ()
+            assert float(values[name]) == pytest.approx(value, rel=1e-6), name
+
+
+def test_everything_and_nothing_are_exact_fractions():
+    """56 entries, because 56 * (1 / 56) is not 1 in float32."""
+    params, tx = {"w": jnp.full((7, 8), 0.1)}, gsm_sgd(0.1, 0.0)
+    _, state = tx.update(params, tx.init(params), params)
+    values = jax.jit(metrics)(params, state)
+    assert values["gsm/density"] == values["gsm/active_fraction"] == 1
+    assert values["gsm/near_zero"] == 0
+
+
+def test_optional_metrics_are_there_when_asked_for():
+    params, _, state = run(track_churn(gsm_sgd(0.1, 0.9)), draw(0), steps=1)[-1]
+    left = decay_budget_left(0.1, 100, momentum=0.9, weight_decay=0.1)
+    values = jax.jit(lambda *args: metrics(*args, decay_left=left(1)))(params, state)
+    assert values["gsm/churn"] == churn_of(state)
+    assert values["gsm/decay_budget_left"] == pytest.approx(9.9)
+
+
+@pytest.mark.parametrize(
+    ("params", "tx", "message"),
+    [
+        (
+            {"w": jnp.ones((2, 2))},
+            optax.adam(0.1),
+            "found 0 states.*optimizer with gsm",
+        ),
+        ({"w": jnp.ones((2, 2))}, optax.chain(gsm(0.5), gsm(0.9)), "one by one"),
+    ],
+)
+def test_a_state_without_one_choice_is_refused(params, tx, message):
+    with pytest.raises(ValueError, match=message):
+        metrics(params, tx.init(params))
+
+
+def test_a_tree_without_kernels_is_refused():
+    state = gsm(0.5).init({"w": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="no leaf is prunable"):
+        metrics({"w": jnp.ones(2)}, state)
+
+
+# Decay left
+
+
+@pytest.mark.promotes
+@pytest.mark.filterwarnings("ignore:decay budget")
+def test_decay_left_is_the_tail_of_the_budget():
+    schedule = optax.piecewise_constant_schedule(0.1, {60: 0.1, 80: 0.1})
+    options = {"momentum": 0.9, "weight_decay": 0.2}
+    left = decay_budget_left(schedule, 100, **options)
+    total = decay_budget(schedule, 100, **options).total
+    assert float(left(0)) == pytest.approx(total)
+    for step in (1, 59, 60, 99):
+        spent = decay_budget(schedule, step, **options).total
+        assert float(jax.jit(left)(step)) == pytest.approx(total - spent, rel=1e-4)
+    assert left(100) == left(1000) == 0
+
+
+def test_decay_left_refuses_what_decay_budget_does():
+    with pytest.raises(ValueError, match="steps=0 must be"):
+        decay_budget_left(0.1, 0)
+
+
+# Recorder
+
+
+def test_records_are_counts_of_numpy():
+    tx, recorder = track_churn(gsm_sgd(2**-3, 0.9)), Recorder()
+    exponents = np.arange(-12, 1.5, 0.25)
+    for step, (params, _, state) in enumerate(run(tx, draw(0), steps=3)):
+        recorder(step, params, state)
+        record = recorder.records[-1]
+        assert record["step"] == step
+        for name, value in metrics(params, state).items():
+            assert record[name] == value
+        weights = np.abs(np.concatenate([np.ravel(params[k]) for k in KERNELS]))
+        nonzero = weights[weights > 0]
+        edges = np.float32([0, *10.0**exponents, np.inf])
+        counts = np.histogram(nonzero, edges)[0]
+        assert record["magnitudes"] == [np.sum(weights == 0), *counts, 0]
+        for name in KERNELS:
+            leaf = np.abs(params[name])
+            assert record["layers"][name] == {
+                "entries": leaf.size,
+                "nonzero": np.count_nonzero(leaf),
+                "near_zero": np.sum(leaf < np.float32(1e-4)),
+            }
+
+
+def test_odd_values_have_their_classes():
+    params = jnp.asarray([[0, 1e-40, 1e-13, 1e-4, 30, np.inf, np.nan]], jnp.float32)
+    tx, recorder = gsm(0.5), Recorder()
+    recorder(0, params, tx.init(params))
+    counts = recorder.records[0]["magnitudes"]
+    assert sum(counts) == 7
+    assert counts[0] + counts[1] == 3
+    assert counts[-2:] == [2, 1]
+    assert recorder.records[0]["layers"][""]["near_zero"] == 3
+
+
+def test_records_survive_json_and_go_on():
+    left = decay_budget_left(0.1, 10)
+    recorder = Recorder(decay_left=left)
+    params, _, state = run(gsm_sgd(0.1, 0.9), draw(0), steps=1)[-1]
+    recorder(np.int64(3), params, state)
+    saved = json.loads(json.dumps(recorder.records))
+    assert saved == recorder.records
+    assert saved[0]["gsm/decay_budget_left"] == left(3)
+    resumed = Recorder(decay_left=left, records=saved)
+    resumed(4, params, state)
+    assert [record["step"] for record in resumed.records] == [3, 4]
+
+
+def test_prunable_is_followed():
+    options = {"prunable": {"bias": False, "conv": False, "dense": True}}
+    tx = track_churn(gsm_sgd(0.1, 0.9, **options), **options)
+    recorder = Recorder(**options)
+    recorder(1, *run(tx, draw(0), steps=1)[-1][::2])
+    (record,) = recorder.records
+    assert list(record["layers"]) == ["dense"]
+    assert record["gsm/active_fraction"] == pytest.approx(
+        record["gsm/num_active"] / (32 * 24)
+    )
+
+
+@pytest.mark.promotes
+def test_a_flax_nnx_model_is_recorded_and_unchanged():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
+    tx = track_churn(gsm_sgd(optax.constant_schedule(0.1), 0.5))
+    optimizer, recorder = nnx.Optimizer(model, tx, wrt=nnx.Param), Recorder()
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.mean(model(jnp.ones((2, 4))) ** 2)
+        optimizer.update(model, nnx.grad(loss)(model))
+        return metrics(nnx.state(model, nnx.Param), optimizer.opt_state)
+
+    for i in range(3):
+        values = step(model, optimizer)
+        recorder(i, nnx.state(model, nnx.Param), optimizer.opt_state)
+        for name, value in values.items():
+            assert recorder.records[-1][name] == value
+    assert len(recorder.records[0]["layers"]) == 2
+    assert recorder.records[0]["gsm/churn"] == recorder.records[0]["gsm/num_active"]
