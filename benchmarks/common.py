@@ -294,6 +294,6 @@ def save_figure(output: Path, name: str, figure: Any) -> None:
     """Write a figure to `output`/`name`.png, wide enough to be read in a README."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.png"
-    figure.savefig(path, dpi=160, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     print(f"wrote {path}")
