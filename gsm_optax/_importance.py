@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsm_optax._paths import check_arrays
+
 Importance = Callable[[jax.Array, jax.Array], jax.Array]
 Prunable = Any  # a pytree prefix of bools, or a callable `params -> such a prefix`
 
@@ -136,8 +138,9 @@ def prunable_tree(prunable: Prunable, params: Any) -> Any:
 
     Raises:
         ValueError: if the tree does not match `params` or holds something else than
-            bools.
+            bools, or if a leaf of `params` is no array.
     """
+    check_arrays(params)
     # A callable pytree (an equinox module of bools) is a tree, as in optax.masked.
     treedef = jax.tree.structure(prunable)
     is_function = callable(prunable) and jax.tree_util.treedef_is_leaf(treedef)

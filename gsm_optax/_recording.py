@@ -13,6 +13,7 @@ from jax import lax
 from gsm_optax._counting import NAN_KEY, WORD, count
 from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
 from gsm_optax._metrics import NEAR_ZERO, metrics
+from gsm_optax._paths import path_name
 
 EXPONENTS = tuple(float(x) for x in np.arange(-48, 6) / 4)
 """Decimal logarithms of the edges between the classes of magnitude: -12, ..., 1.25."""
@@ -89,9 +90,7 @@ class Recorder:
             _classes(leaf.size, *words)
             for (_, leaf), words in zip(chosen, reaching, strict=True)
         ]
-        paths = [
-            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in chosen
-        ]
+        paths = [path_name(path) for path, _ in chosen]
         self.records.append(
             {"step": step}
             | {name: value.item() for name, value in watched.items()}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
+from gsm_optax._paths import check_arrays, path_name
 from gsm_optax._selection import count_reaching
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
@@ -156,7 +157,7 @@ def sparsity_report(
         taken where the arrays are; only the counts leave the device.
 
     Raises:
-        ValueError: if `prunable` does not match the tree.
+        ValueError: if `prunable` does not match the tree, or a leaf is no array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -180,6 +181,7 @@ def sparsity_report(
         1e-2 to 1e-1  0   0.00%
         1e-1 to 1e0   2  33.33%  ▇▇▇▇▇▇▇▇▇▇
     """
+    check_arrays(params_or_mask)
     # A mask stands for the parameters it masks, so its bools count as inexact here.
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _countable(x)), params_or_mask
@@ -189,7 +191,7 @@ def sparsity_report(
     return SparsityReport(
         tuple(
             LeafSparsity(
-                jax.tree_util.keystr(path, simple=True, separator="/"),
+                path_name(path),
                 jnp.shape(leaf),
                 flag,
                 _magnitudes(jnp.asarray(leaf)),
