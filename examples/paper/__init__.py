@@ -1,0 +1,1 @@
+"""The experiments of the GSM paper: `python -m examples.paper --help`."""

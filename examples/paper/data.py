@@ -1,0 +1,278 @@
+"""Images and labels of every experiment: `load("fashion_mnist")`.
+
+Nothing is ever downloaded. `digits` comes with scikit-learn; `mnist` and
+`fashion_mnist` are read from a folder of idx files, or, as `cifar10` and `imagenet`,
+from a copy that tensorflow-datasets has prepared. What is not there fails at once and
+says what to do.
+"""
+
+import gzip
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+IDX_FOLDERS = {  # where Debian's package and others put them
+    "mnist": ("data/mnist", "/usr/share/datasets/mnist"),
+    "fashion_mnist": ("data/fashion_mnist", "/usr/share/datasets/fashion-mnist"),
+}
+TFDS = {  # name: (name there, train split, test split)
+    "mnist": ("mnist", "train", "test"),
+    "fashion_mnist": ("fashion_mnist", "train", "test"),
+    "cifar10": ("cifar10", "train", "test"),
+    "imagenet": ("imagenet2012", "train", "validation"),
+}
+STATISTICS = {  # mean and standard deviation of the channels of images / 255
+    "digits": ((0.0,), (16 / 255,)),  # grey values are 0 to 16 there
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+NAMES = tuple(STATISTICS)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images [n, height, width, channels] and labels [n] in memory."""
+
+    images: np.ndarray  # uint8
+    labels: np.ndarray  # int32
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def read(self, rows: np.ndarray, seed: int = 0):
+        """Return images and labels of these rows; nothing here depends on the seed."""
+        del seed
+        return self.images[rows], self.labels[rows]
+
+
+class Data(NamedTuple):
+    """Training and test set, and how to normalise and augment them."""
+
+    train: Any  # Arrays, or a Stream: anything with len(...) and read(rows, seed)
+    test: Any
+    mean: tuple[float, ...]  # of the channels, for images / 255
+    std: tuple[float, ...]
+    augmented: bool  # whether batches are shifted and mirrored at random
+
+
+def load(name: str, folder: str | Path | None = None, validate: bool = False) -> Data:
+    """Load a data set.
+
+    Args:
+        name: one of `NAMES`.
+        folder: where idx files, or prepared data sets of tensorflow-datasets, lie.
+            By default the environment variable `GSM_DATA`, then the usual places.
+        validate: whether to train on the first five sixths of the training set and to
+            test on the rest of it. Settings are to be chosen that way.
+
+    Returns:
+        A `Data`, in memory but for `imagenet`, which is read batch by batch.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: if the data are not there; the message says what to do.
+
+    Example:
+        >>> load("digits").train.images.shape
+        (1437, 8, 8, 1)
+    """
+    if name not in NAMES:
+        raise ValueError(f"data {name!r} is unknown; there are {', '.join(NAMES)}.")
+    folder = folder or os.environ.get("GSM_DATA")
+    if name == "digits":
+        train, test = digits()
+    else:
+        train, test = from_idx(name, folder) or from_tfds(name, folder)
+    if validate:
+        train, test = split(train)
+    return Data(train, test, *STATISTICS[name], augmented=name == "cifar10")
+
+
+def split(train: Any) -> tuple[Arrays, Arrays]:
+    """Split a training set at five sixths."""
+    if not isinstance(train, Arrays):
+        raise ValueError("a validation set is split off only from images in memory.")
+    cut = len(train) * 5 // 6
+    first, last = np.arange(cut), np.arange(cut, len(train))
+    return Arrays(*train.read(first)), Arrays(*train.read(last))
+
+
+def digits() -> tuple[Arrays, Arrays]:
+    """Return scikit-learn's 1,797 digits: 1,437 to train on, 360 to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = labels.astype(np.int32)
+    parts = train_test_split(
+        images, labels, test_size=360, random_state=0, stratify=labels
+    )
+    return Arrays(parts[0], parts[2]), Arrays(parts[1], parts[3])
+
+
+def from_idx(name: str, folder: str | Path | None):
+    """Return training and test set from idx files, or None where there are none."""
+    for place in idx_folders(name, folder):
+        found = [[find(place, file) for file in pair] for pair in IDX_FILES.values()]
+        if all(path for pair in found for path in pair):
+            return tuple(
+                Arrays(read_idx(images)[..., None], read_idx(labels).astype(np.int32))
+                for images, labels in found
+            )
+    return None
+
+
+def idx_folders(name: str, folder: str | Path | None) -> list[Path]:
+    """Where to look for idx files."""
+    own = [Path(folder), Path(folder) / name] if folder else []
+    return [*own, *map(Path, IDX_FOLDERS.get(name, ()))]
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """Return the file in either of its usual spellings, compressed or not."""
+    names = (name, name.replace("-idx", ".idx"))
+    paths = (folder / (base + end) for base in names for end in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an idx file of unsigned bytes, compressed or not.
+
+    Args:
+        path: the file; compressed if its name ends in `.gz`.
+
+    Returns:
+        A uint8 array of the shape that the file tells.
+
+    Raises:
+        ValueError: if it is no such file, or is cut off.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    # Two zeros, 8 for unsigned bytes, the rank, every size as a big-endian uint32.
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise ValueError(f"{path} is not an idx file of unsigned bytes.")
+    shape = tuple(np.frombuffer(content, ">u4", content[3], 4).tolist())
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
+    if values.size != np.prod(shape):
+        raise ValueError(f"{path} has {values.size} bytes, its header says {shape}.")
+    return values.reshape(shape)
+
+
+def from_tfds(name: str, folder: str | Path | None):
+    """Return training and test set of tensorflow-datasets, prepared before."""
+    place = Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    place, (builder, *splits) = place.expanduser(), TFDS[name]
+    # tensorflow-datasets itself would try to download for minutes: look first.
+    if not list((place / builder).glob("*/*.array_record*")):
+        raise FileNotFoundError(what_to_do(name, builder, place))
+    import tensorflow_datasets as tfds
+
+    sources = [tfds.data_source(builder, split=s, data_dir=place) for s in splits]
+    if name == "imagenet":
+        return Stream(sources[0], random=True), Stream(sources[1], random=False)
+    return tuple(map(read_whole, sources))
+
+
+def read_whole(source: Sequence[Any]) -> Arrays:
+    """Read all records into memory."""
+    records = [source[i] for i in range(len(source))]
+    labels = np.array([record["label"] for record in records], np.int32)
+    return Arrays(np.stack([record["image"] for record in records]), labels)
+
+
+def what_to_do(name: str, builder: str, place: Path) -> str:
+    """Explain how to get a data set."""
+    lines = [f"{name} is not on this machine, and nothing is downloaded from here."]
+    if name in IDX_FOLDERS:
+        lines.append(
+            f"Either put its four idx files (compressed or not) into a folder and name "
+            f"it with --data or GSM_DATA; looked in: {', '.join(IDX_FOLDERS[name])}."
+        )
+    if name == "fashion_mnist":
+        lines.append("Debian and Ubuntu: apt install dataset-fashion-mnist.")
+    lines.append(
+        f"With tensorflow and tensorflow-datasets installed and a network, prepare it "
+        f"once (looked in: {place / builder}):\n"
+        f'    python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{builder}', file_format='array_record')"
+        '.download_and_prepare()"'
+    )
+    if name == "imagenet":
+        lines.append(
+            "ImageNet's two archives have to be in ~/tensorflow_datasets/downloads/"
+            "manual before; they need an account at image-net.org."
+        )
+    return "\n".join(lines)
+
+
+class Stream:
+    """Images that stay on disk, and are decoded and cropped as they are read."""
+
+    def __init__(self, source: Sequence[Any], random: bool, size: int = 224):
+        """Read from a sequence of records; crop and mirror at random for training."""
+        self.source, self.random, self.size = source, random, size
+        self.pool = ThreadPoolExecutor()  # decoding and resizing release the GIL
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.source)
+
+    def read(self, rows: np.ndarray, seed: int = 0):
+        """Return images [rows, size, size, 3] and labels; crops depend on the seed."""
+        images, labels = zip(
+            *self.pool.map(partial(self._one, seed), rows), strict=True
+        )
+        return np.stack(images), np.array(labels, np.int32)
+
+    def _one(self, seed: int, row: int):
+        record = self.source[int(row)]
+        rng = np.random.default_rng((seed, int(row))) if self.random else None
+        return crop(record["image"], self.size, rng), record["label"]
+
+
+def crop(image: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Crop an image [height, width, 3] and resize it to [size, size, 3]."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    box = random_box(height, width, rng) if rng else centre_box(height, width)
+    resized = Image.fromarray(image).resize(
+        (size, size), Image.Resampling.BILINEAR, box
+    )
+    mirrored = rng is not None and rng.random() < 0.5
+    return np.asarray(resized)[:, ::-1] if mirrored else np.asarray(resized)
+
+
+def random_box(height: int, width: int, rng: np.random.Generator):
+    """Choose 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, as usual."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        wide, high = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if wide <= width and high <= height:
+            left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+            return left, top, left + wide, top + high
+    return centre_box(height, width)
+
+
+def centre_box(height: int, width: int):
+    """The central 224 of the shorter side resized to 256, in pixels of the image."""
+    side = min(height, width) * 224 / 256
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side

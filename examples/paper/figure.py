@@ -1,0 +1,67 @@
+"""Densities that GSM finds layer by layer, without being told any."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from examples.paper.recipes import RECIPES
+from examples.paper.tables import read
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def draw(results: Path, output: Path) -> None:
+    """Draw one panel a recipe that has been run, mean and range of its seeds.
+
+    Args:
+        results: folder of the records.
+        output: the figure, PNG.
+    """
+    records = read(results)
+    names = [
+        name
+        for name, recipe in RECIPES.items()
+        if not recipe.tickets and not recipe.tuned and name in records
+    ]
+    if not names:
+        raise SystemExit(f"error: no results in {results}: run some recipes first.")
+    figure, axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(2.5 * len(names), 3.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        panel(
+            axis, RECIPES[name], [r["layers"] for r in records[name] if "layers" in r]
+        )
+    axes[0, 0].set_ylabel("entries kept (%)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=100)
+    print(f"figure: {output}")
+
+
+def panel(axis, recipe, runs) -> None:
+    """Draw the densities of one network on a logarithmic axis."""
+    density = 100 * np.array(
+        [[layer["nonzero"] / layer["entries"] for layer in layers] for layers in runs]
+    )
+    mean = density.mean(0)
+    reach = [mean - density.min(0), density.max(0) - mean]
+    labels = [
+        f"{layer['path'].split('/')[0]}\n{layer['entries']:,}" for layer in runs[0]
+    ]
+    bars = axis.bar(
+        labels, mean, yerr=reach, color="#56b4e9", edgecolor="black", capsize=3
+    )
+    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    whole = 100 / recipe.compression
+    axis.axhline(whole, color="black", linestyle="--", linewidth=1, zorder=3)
+    axis.set(yscale="log", ylim=(mean.min() / 4, 160))
+    axis.set_title(
+        f"{recipe.title}\n{recipe.compression:g}x: {whole:.2g} %", fontsize=9
+    )
+    axis.tick_params(labelsize=7)

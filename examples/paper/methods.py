@@ -1,0 +1,116 @@
+"""The optimizer of every phase: dense, GSM, gradual magnitude pruning, frozen zeros."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gsm_optax import apply_mask, freeze_pruned, gsm_sgd, kernels, magnitude_mask
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: its length and the settings of its optimizer."""
+
+    epochs: int
+    learning_rate: float
+    drops: tuple[int, ...] = ()  # epochs from which on it is divided by ten once more
+    warmup: int = 0  # epochs in which it rises from 0
+    cosine: bool = False  # whether it falls to 0 along a cosine
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    ramp: float = 0.0  # fraction of the phase in which the ratio rises from 0
+
+    def schedule(self, steps_per_epoch: int) -> optax.Schedule:
+        """The learning rate of every step."""
+        steps = self.epochs * steps_per_epoch
+        drops = {epoch * steps_per_epoch: 0.1 for epoch in self.drops}
+        body = optax.piecewise_constant_schedule(self.learning_rate, drops)
+        if self.cosine:
+            body = optax.cosine_decay_schedule(self.learning_rate, steps)
+        warm = self.warmup * steps_per_epoch
+        if not warm:
+            return body
+        # Drops and cosine are counted from the start, warm-up included.
+        return lambda step: body(step) * jnp.minimum(step / warm, 1)
+
+    def ratio_schedule(self, ratio: float, steps_per_epoch: int) -> optax.Schedule:
+        """A cubic rise from 0 to `ratio`, steep at first (Zhu and Gupta, 2017)."""
+        steps = max(self.ramp * self.epochs * steps_per_epoch, 1)
+        return lambda step: ratio * (1 - (1 - jnp.minimum(step / steps, 1)) ** 3)
+
+
+def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Momentum SGD with weight decay on the kernels."""
+    return optax.chain(
+        optax.add_decayed_weights(phase.weight_decay, mask=kernels),
+        optax.sgd(phase.schedule(steps_per_epoch), phase.momentum, phase.nesterov),
+    )
+
+
+def gsm(phase: Phase, steps_per_epoch: int, ratio: float):
+    """Global Sparse Momentum SGD, the ratio rising first if the phase has a ramp."""
+    rising = phase.ratio_schedule(ratio, steps_per_epoch) if phase.ramp else ratio
+    return gsm_sgd(
+        phase.schedule(steps_per_epoch),
+        rising,
+        momentum=phase.momentum,
+        weight_decay=phase.weight_decay,
+        nesterov=phase.nesterov,
+    )
+
+
+def frozen(phase: Phase, steps_per_epoch: int, mask: Any):
+    """Momentum SGD that leaves the zeros where they are."""
+    return optax.chain(dense(phase, steps_per_epoch), freeze_pruned(mask))
+
+
+def gradual(phase: Phase, steps_per_epoch: int, ratio: float):
+    """Gradual global magnitude pruning: ever more of the least weights become zero."""
+    rising = phase.ratio_schedule(ratio, steps_per_epoch)
+    return optax.chain(dense(phase, steps_per_epoch), prune_gradually(rising))
+
+
+class PruneGraduallyState(NamedTuple):
+    """State of `prune_gradually`."""
+
+    step: jax.Array  # int32, shape ()
+    mask: Any  # bools, like the parameters
+
+
+def prune_gradually(ratio: optax.Schedule, every: int = 100):
+    """Every so many steps, prune by magnitude over the whole model; last in a chain.
+
+    What was pruned stays zero, as long as the ratio does not fall.
+
+    Args:
+        ratio: fraction of the kernel entries that is zero, a schedule of the step.
+        every: steps between two choices of the mask.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+    """
+
+    def init_fn(params):
+        ones = jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
+        return PruneGraduallyState(jnp.zeros((), jnp.int32), ones)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        mask = lax.cond(
+            state.step % every == 0,
+            lambda: magnitude_mask(params, jnp.asarray(ratio(state.step))),
+            lambda: state.mask,
+        )
+        freeze = freeze_pruned(mask)
+        updates, _ = freeze.update(updates, freeze.init(params), params)
+        # The update of an entry that has just been pruned takes it to zero.
+        down = jax.tree.map(jnp.subtract, apply_mask(params, mask), params)
+        updates = jax.tree.map(jnp.add, updates, down)
+        return updates, PruneGraduallyState(state.step + 1, mask)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
