@@ -1,19 +1,20 @@
 """The Q-th greatest key in about two reads of the leaves, on one CPU device.
 
 Counting alone needs four to seven reads. Here a sample of fixed size tells where to put
-the first thresholds; the first read narrows the bracket to some thousands of entries;
-interpolation then puts the next one to within a few hundred. Those are so few that
-hardly any row holds more than three: the second read collects them all, as the
-greatest, the least and the sum of the bracketed keys of every row, and the rest of the
-search reads only what was collected. A row with more, or a wrong guess, costs another
-read.
+the first thresholds. The first read counts there, which narrows the bracket to some ten
+thousand entries, and interpolation guesses the wanted key to within a few hundred. So
+few are they that hardly any row holds more than three: the second read collects all of
+them, as the greatest, the least and the sum of the bracketed keys of every row, and the
+rest of the search reads only what was collected. A row with more, or a wrong guess,
+costs another pair of reads.
 
-The collection is stored: 36 bytes a row, where a row is the last axis (see `ROW`).
+What is collected is stored, 16 bytes a row, where a row is the last axis (see `ROW`).
 This file knows only jax.
 """
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +37,31 @@ BLOCK = 16  # neighbours that are sampled together: a cache line of float32
 ROW = 48  # entries that a row has at least: rows of 512 collide, and cost a read
 FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
-# A read counts at five probes and collects between two of them, FROM and TO. That is
-# eight results; a ninth no longer fits the registers: 18 ms instead of 12 for 25 M.
-FROM, TO = 1, 3
-# The first read's probes, in standard errors of the sample:
-FIRST = np.array([-5, -1, 0, 1, 5], np.float32)
-# those of later reads, in standard deviations of the guess:
-SPREAD = np.array([-12, -6, 0, 6, 12], np.float32)
-# the same where keys lie on a grid: so many tie that a wider range would overflow rows;
-TIED = np.array([-6, -2, 0, 2, 6], np.float32)
-# those that collect all of a bracket, as fractions of its width:
-WHOLE = np.array([0, 0, 1 / 2, 1, 1], np.float32)
-# and those for data that is cheap to read, in standard deviations.
+# A read either counts or collects: 8 ms each for 25 M entries. One that did both, at
+# five probes, took 12, and 18 with a sixth, because nine results no longer fit the
+# registers.
+#
+# Where the first read counts, in standard errors of the sample:
+FIRST = np.array([-5, -1, 1, 5], np.float32)
+# where later ones count, in standard deviations of the guess:
+SPREAD = np.array([-12, -4, 4, 12], np.float32)
+# from where to where to collect, in the same;
+WINDOW = np.array([-6, 6], np.float32)
+# where keys lie on a grid, so many tie that a wider window would overflow rows;
+TIED = np.array([-2, 2], np.float32)
+# and all of a bracket, as fractions of its width.
+WHOLE = np.array([0, 1], np.float32)
+# Where to count in data that is cheap to read, in standard deviations:
 CLOSE = np.array([-4, -1, 0, 1, 4], np.float32)
+
+
+class Rows(NamedTuple):
+    """What every row holds of the collected keys; all fields int32, shape (rows,)."""
+
+    number: jax.Array  # of such keys,
+    total: jax.Array  # their sum, wrapped round
+    most: jax.Array  # the greatest
+    least: jax.Array  # and the least of them
 
 
 def select_by_rows(
@@ -57,55 +70,89 @@ def select_by_rows(
     """Return the last bracket and the Q-th greatest key, for 1 to 2³¹ − 1 entries."""
     total = sum(args[0].size for args in leaves)
     whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), total - kept, -kept)
-    rows = sum(math.prod(_row_shape(args[0].shape)) for args in leaves)
-    empty = jnp.zeros((3, rows), jnp.int32)
+    first, grid = _sampled(score, leaves, whole)
+    number = sum(math.prod(_row_shape(args[0].shape)) for args in leaves)
+    nothing = Rows(*(jnp.zeros(number, jnp.int32) for _ in Rows._fields))
 
     def unfinished(carry):
-        bracket, _, _, collected = carry
+        bracket, *_, collected = carry
         return (bracket.high - bracket.low > 1) & ~collected
 
+    def count(bracket, probes, data):
+        new = narrow(bracket, probes, _count_all(score, data, probes) - kept)
+        return new, nothing, False
+
+    def collect(bracket, probes, data):
+        probes = _window(bracket, grid)
+        reached, rows, complete = _collect_all(score, data, probes)
+        within = Bracket(*probes, *(reached - kept))
+        collected = complete & (within.over >= 0) & (within.under < 0)
+        new = narrow(bracket, probes, reached - kept)
+        new = jax.tree.map(lambda a, b: jnp.where(collected, a, b), within, new)
+        return new, rows, collected
+
     def one_read(carry):
-        old, probes, _, _ = carry
+        old, probes, counting, *_ = carry
         # Behind the barrier the scores are part of the loop; before it XLA would
         # compute them once, ahead of the loop, and store them: n · 4 bytes.
         probes, data = lax.optimization_barrier((probes, leaves))
-        excess, between, (keys, often), collected = _read(score, data, probes, kept)
-        new = narrow(old, probes, excess)
-        new = jax.tree.map(lambda a, b: jnp.where(collected, a, b), between, new)
-        return new, _next(old, new, grid), (keys, often), collected
+        new, rows, collected = lax.cond(counting, count, collect, old, probes, data)
+        return new, next_probes(old, new, SPREAD, grid), ~counting, rows, collected
 
-    first, grid = _sampled(score, leaves, whole)
-    start = whole, first, (empty, empty), False
-    bracket, _, (keys, often), collected = lax.while_loop(unfinished, one_read, start)
-    return _finish(bracket, keys, often, collected)
+    start = whole, first, True, nothing, False
+    bracket, _, _, rows, collected = lax.while_loop(unfinished, one_read, start)
+    return _finish(bracket, rows, collected)
 
 
-def _read(score, leaves, probes, kept):
-    """Read everything once: counts at the probes, and what lies between FROM and TO."""
-    scan = [_scan_leaf(score, args, probes) for args in leaves]
-    scan = [jnp.concatenate(parts) for parts in zip(*scan, strict=True)]
-    *reached, total, most, least = lax.optimization_barrier(scan)
-    excess = jnp.sum(jnp.stack(reached, -1), 0) - kept
-    number = reached[FROM] - reached[TO]
-    between = Bracket(probes[FROM], probes[TO], excess[FROM], excess[TO])
-    known = (number <= 3) | (most == least)
-    collected = (between.over >= 0) & (between.under < 0) & jnp.all(known)
+def _window(bracket: Bracket, grid: jax.Array) -> jax.Array:
+    """From where to where to collect: about the guess, or all where few are left."""
+    guess, deviation, keys = interpolate(bracket, grid)
+    about = guess + jnp.where(grid > 1, TIED, WINDOW) * deviation
+    return probes_at(bracket, jnp.where(keys <= FEW, WHOLE, about))
+
+
+def _count_all(score, leaves, probes):
+    """How many keys reach each of the probes."""
+    by_row = [_count_leaf(score, args, probes) for args in leaves]
+    return sum_together(_join(by_row), (0,))
+
+
+def _collect_all(score, leaves, probes):
+    """How many keys reach each of two probes, and what is between, complete or not."""
+    above, *rows = _join([_collect_leaf(score, args, probes) for args in leaves])
+    rows = Rows(*rows)
+    from_second, between = sum_together([above, rows.number], (0,))
     # Up to three different keys a row, or any number of equal ones.
-    third = jnp.where(most == least, most, total - most - least)
-    first, second = jnp.minimum(number, 1), jnp.clip(number - 1, 0, 1)
-    keys = jnp.stack([most, least, third])
-    often = jnp.stack([first, second, jnp.maximum(number - 2, 0)])
-    return excess, between, (keys, often), collected
+    complete = jnp.all((rows.number <= 3) | (rows.most == rows.least))
+    return jnp.stack([from_second + between, from_second]), rows, complete
+
+
+def _join(by_leaf):
+    """Concatenate what there is of every row, leaf by leaf, and store it."""
+    joined = [jnp.concatenate(parts) for parts in zip(*by_leaf, strict=True)]
+    return lax.optimization_barrier(joined)
 
 
 @partial(jax.jit, static_argnames="score")  # traced once for equal shapes
-def _scan_leaf(score, args, probes):
-    """Per row: counts at the probes; sum, greatest and least key from FROM to TO."""
+def _count_leaf(score, args, probes):
+    """Per row: how many keys reach each probe."""
     key = order_key(score(*args))
-    below, above = key < probes[TO], key >= probes[FROM]
-    adding = [(key >= probe).astype(jnp.int32) for probe in probes]
-    adding.append(jnp.where(below & above, key, 0))
-    operands = *adding, jnp.where(below, key, 0), jnp.where(above, key, NAN_KEY)
+    counts = sum_together([(key >= p).astype(jnp.int32) for p in probes], _in_row(key))
+    return [counts[..., i].reshape(-1) for i in range(probes.size)]
+
+
+@partial(jax.jit, static_argnames="score")
+def _collect_leaf(score, args, probes):
+    """Per row: how many reach the second probe; `Rows` of those between the two."""
+    key = order_key(score(*args))
+    below, above = key < probes[1], key >= probes[0]
+    operands = (
+        (~below).astype(jnp.int32),
+        (below & above).astype(jnp.int32),
+        jnp.where(below & above, key, 0),
+        jnp.where(below, key, 0),
+        jnp.where(above, key, NAN_KEY),
+    )
 
     def combine(a, b):
         *a, most_a, least_a = a
@@ -114,9 +161,14 @@ def _scan_leaf(score, args, probes):
         return *sums, jnp.maximum(most_a, most_b), jnp.minimum(least_a, least_b)
 
     zero = np.int32(0)
-    initial = (zero,) * len(adding) + (zero, np.int32(NAN_KEY))
-    axes = tuple(range(len(_row_shape(key.shape)), key.ndim))
-    return [x.reshape(-1) for x in lax.reduce(operands, initial, combine, axes)]
+    initial = zero, zero, zero, zero, np.int32(NAN_KEY)
+    found = lax.reduce(operands, initial, combine, _in_row(key))
+    return [x.reshape(-1) for x in found]
+
+
+def _in_row(key: jax.Array) -> tuple[int, ...]:
+    """The axes that make a row."""
+    return tuple(range(len(_row_shape(key.shape)), key.ndim))
 
 
 def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -127,23 +179,23 @@ def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return ()
 
 
-def _next(old: Bracket, new: Bracket, grid: jax.Array) -> jax.Array:
-    few = interpolate(new)[2] <= FEW
-    spread = jnp.where(grid > 1, TIED, SPREAD)
-    return jnp.where(few, probes_at(new, WHOLE), next_probes(old, new, spread, grid))
-
-
-def _finish(bracket, keys, often, collected):
+def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
     """The wanted key among the collected ones, or else the lower end of the bracket."""
+    number, total, most, least = rows
+    third = jnp.where(most == least, most, total - most - least)
+    first, second = jnp.minimum(number, 1), jnp.clip(number - 1, 0, 1)
+    keys = jnp.stack([most, least, third])
+    often = jnp.stack([first, second, jnp.maximum(number - 2, 0)])
 
     def excess_at(probes):
         return bracket.under + _count(keys, probes, often)
 
     # Without a collection, the bracket has been narrowed to one key: it is the one.
     last = bracket._replace(high=jnp.where(collected, bracket.high, bracket.low + 1))
-    found = search(excess_at, last, probes_at(last, WHOLE), CLOSE)
-    least = jnp.min(jnp.where((keys >= found.low) & (often > 0), keys, NAN_KEY))
-    return found, jnp.where(collected, least, bracket.low)
+    evenly = np.arange(1, 6, dtype=np.float32) / 6
+    found = search(excess_at, last, probes_at(last, evenly), CLOSE)
+    wanted = jnp.min(jnp.where((keys >= found.low) & (often > 0), keys, NAN_KEY))
+    return found, jnp.where(collected, wanted, bracket.low)
 
 
 def _count(keys: jax.Array, probes: jax.Array, often: jax.Array | int = 1) -> jax.Array:
