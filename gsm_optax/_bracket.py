@@ -26,7 +26,7 @@ def narrow(bracket: Bracket, probes: jax.Array, excess: jax.Array) -> Bracket:
     keys = jnp.concatenate([bracket.low[None], probes, bracket.high[None]])
     excess = jnp.concatenate([bracket.over[None], excess, bracket.under[None]])
     # Fewer keys reach a higher probe, so the excess falls; low may repeat as a probe.
-    last = jnp.clip(jnp.sum(excess >= 0) - 1, 0, probes.size)
+    last = jnp.clip(jnp.sum(excess >= 0, dtype=jnp.int32) - 1, 0, probes.size)
     return Bracket(keys[last], keys[last + 1], excess[last], excess[last + 1])
 
 

@@ -157,7 +157,7 @@ def _num_different(before: Any, after: Any, axis_name: Any) -> jax.Array:
     # No score reaches the second key. It is there because on the CPU a count of one key
     # alone is far slower: see _counting.
     words = count(_different, pairs, jnp.array([1, NAN_KEY], jnp.int32), axis_name)
-    high, low = (jnp.sum(word) for word in words)
+    high, low = (jnp.sum(word, dtype=jnp.int32) for word in words)
     if count_dtype(num_entries(pairs, axis_name)) == jnp.int32:
         return (high << WORD) + low
     return high.astype(jnp.float32) * 2**WORD + low.astype(jnp.float32)

@@ -257,7 +257,7 @@ def _countable_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _total(counts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     high, low = to_words(jnp.concatenate(counts))  # scalars only: (leaves, K)
-    return carry(jnp.sum(high, 0), jnp.sum(low, 0))
+    return carry(*(jnp.sum(word, 0, jnp.int32) for word in (high, low)))
 
 
 def _fused(key, thresholds, axes):

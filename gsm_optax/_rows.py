@@ -14,7 +14,7 @@ This file knows only jax.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
 ROW = 48  # entries that a row has at least: rows of 512 collide, and cost a read
+ONE = np.int32(1)
 FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
 # A read either counts or collects: 8 ms each for 25 M entries. One that did both, at
@@ -198,8 +199,8 @@ def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
     return found, jnp.where(collected, wanted, bracket.low)
 
 
-def _count(keys: jax.Array, probes: jax.Array, often: jax.Array | int = 1) -> jax.Array:
-    hits = [jnp.where(keys >= probe, often, 0) for probe in probes]
+def _count(keys: jax.Array, probes: jax.Array, often: Any = ONE) -> jax.Array:
+    hits = [jnp.where(keys >= probe, often, np.int32(0)) for probe in probes]
     return sum_together(hits, tuple(range(keys.ndim)))
 
 
