@@ -10,6 +10,7 @@ import numpy as np
 from examples.paper.recipes import RECIPES, Recipe
 
 COLUMNS = ("dense", "one-shot", "gradual", "GSM", "GSM pruned", "GSM tuned")
+STUDIED = ("GSM", "GSM pruned", "GSM tuned")
 TICKETS = (
     "dense",
     "magnitude, initial",
@@ -20,34 +21,55 @@ TICKETS = (
 
 
 def results_table(folder: Path) -> str:
-    """Both tables, of pruned networks and of tickets, and where they were made."""
-    records = read(folder)
-    pruned = [r for r in RECIPES.values() if not r.tickets]
-    tickets = [r for r in RECIPES.values() if r.tickets]
+    """All tables, of pruned networks, tickets and studies, and where they were made."""
+    records, validated = read(folder), read(folder, validate=True)
+    recipes = [r for r in RECIPES.values() if not r.name.startswith("study-")]
+    studies = [r for r in RECIPES.values() if r.name.startswith("study-")]
+    pruned = [r for r in recipes if not r.tickets]
+    tickets = [r for r in recipes if r.tickets]
+    head = ["network, data", "compression", "epochs", "seeds"]
     parts = [
         "Top-1 test accuracy in %, mean ± standard deviation of the seeds.",
         markdown(
-            ["network, data", "compression", "epochs", "seeds", *COLUMNS, "paper"],
+            [*head, *COLUMNS, "paper"],
             [row(recipe, records.get(recipe.name, []), COLUMNS) for recipe in pruned],
         ),
         "Winning tickets: survivors rewound to initial or early weights, retrained.",
         markdown(
-            ["network, data", "compression", "epochs", "seeds", *TICKETS, "paper"],
+            [*head, *TICKETS, "paper"],
             [row(recipe, records.get(recipe.name, []), TICKETS) for recipe in tickets],
         ),
-        *machines(record for of_one in records.values() for record in of_one),
+        "What matters, LeNet-300-100, 60x: accuracy on the last sixth of the training "
+        "set, which is not trained on.",
+        markdown(
+            ["study", "decay budget", "seeds", *STUDIED],
+            [study_row(recipe, validated.get(recipe.name, [])) for recipe in studies],
+        ),
+        *machines(
+            record
+            for found in (records, validated)
+            for of_one in found.values()
+            for record in of_one
+        ),
     ]
     return "\n\n".join(parts)
 
 
-def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All records below the folder, by recipe; those of validation apart."""
+def read(folder: Path, validate: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """All records below the folder, by recipe: those of tests, or of validation."""
     records: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(Path(folder).glob("*-seed*.json")):
         record = json.loads(path.read_text())
-        if not record["validate"]:
+        if record["validate"] == validate:
             records.setdefault(record["recipe"]["name"], []).append(record)
     return records
+
+
+def study_row(recipe: Recipe, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Cells of a study: its decay budget and its accuracies."""
+    budget = f"{records[0]['decay_budget']:.1f}" if records else "-"
+    _, _, _, seeds, *cells, _ = row(recipe, records, STUDIED)
+    return [recipe.name.removeprefix("study-"), budget, seeds, *cells]
 
 
 def row(recipe: Recipe, records: Sequence[dict[str, Any]], columns: Sequence[str]):
