@@ -27,9 +27,9 @@ def check_ratio(ratio: Any) -> None:
         )
     elif ratio.dtype.itemsize < 4 and jnp.issubdtype(ratio.dtype, jnp.inexact):
         raise ValueError(
-            f"ratio is a {ratio.dtype} array, which is too coarse. Give it "
-            "in float32; optax.inject_hyperparams takes the dtype of the parameters, unless "
-            "told hyperparam_dtype=jnp.float32."
+            f"ratio is a {ratio.dtype} array, which is too coarse. Give it in float32; "
+            "optax.inject_hyperparams takes the dtype of the parameters, unless told "
+            "hyperparam_dtype=jnp.float32."
         )
 
 
