@@ -5,6 +5,7 @@ from numbers import Real
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def is_static(value: Any) -> bool:
@@ -23,6 +24,12 @@ def check_ratio(ratio: Any) -> None:
         raise ValueError(
             f"ratio={ratio!r} must be a number in [0, 1), an optax schedule, or a "
             "scalar array."
+        )
+    elif ratio.dtype.itemsize < 4 and jnp.issubdtype(ratio.dtype, jnp.inexact):
+        raise ValueError(
+            f"ratio is a {ratio.dtype} array, which is too coarse. Give it in float32; "
+            "optax.inject_hyperparams takes the dtype of the parameters, unless told "
+            "hyperparam_dtype=jnp.float32."
         )
 
 

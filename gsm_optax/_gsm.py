@@ -11,7 +11,6 @@ from gsm_optax._importance import (
     Prunable,
     kernels,
     prunable_tree,
-    taylor_importance,
 )
 from gsm_optax._masking import mask_by_importance
 
@@ -22,8 +21,8 @@ def gsm(
     momentum: jax.typing.ArrayLike = 0.98,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     nesterov: bool = False,
-    importance: Importance = taylor_importance,
-    prunable: Prunable = kernels,
+    importance: Importance | None = None,
+    prunable: Prunable | None = None,
     accumulator_dtype: Any = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,9 +53,9 @@ def gsm(
         weight_decay: :math:`\eta`, not negative, a float or an optax schedule; added to
             every prunable entry after masking.
         nesterov: whether to use Nesterov momentum.
-        importance: `(param, grad) -> score`; first-order Taylor by default.
+        importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default the inexact leaves of rank 2 or more.
+            default `kernels`: the inexact leaves of rank 2 or more.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 
@@ -92,6 +91,7 @@ def gsm(
     """
     check_momentum(momentum)
     check_weight_decay(weight_decay)
+    prunable = kernels if prunable is None else prunable
     return optax.chain(
         mask_by_importance(
             ratio, importance=importance, prunable=prunable, axis_name=axis_name
@@ -110,8 +110,8 @@ def gsm_sgd(
     momentum: jax.typing.ArrayLike = 0.98,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     nesterov: bool = False,
-    importance: Importance = taylor_importance,
-    prunable: Prunable = kernels,
+    importance: Importance | None = None,
+    prunable: Prunable | None = None,
     accumulator_dtype: Any = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,9 +126,9 @@ def gsm_sgd(
         momentum: :math:`\beta`, in [0, 1).
         weight_decay: :math:`\eta`, not negative, a float or an optax schedule.
         nesterov: whether to use Nesterov momentum.
-        importance: `(param, grad) -> score`; first-order Taylor by default.
+        importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default the inexact leaves of rank 2 or more.
+            default `kernels`: the inexact leaves of rank 2 or more.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 

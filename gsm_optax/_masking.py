@@ -34,8 +34,8 @@ class MaskByImportanceState(NamedTuple):
 def mask_by_importance(
     ratio: Any,
     *,
-    importance: Importance = taylor_importance,
-    prunable: Prunable = kernels,
+    importance: Importance | None = None,
+    prunable: Prunable | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the gradient of the most important entries of the whole model.
@@ -62,10 +62,13 @@ def mask_by_importance(
     Args:
         ratio: fraction of the prunable entries that is passive, in [0, 1): a float, an
             optax schedule of the step, or a scalar array (`optax.inject_hyperparams`).
-            Arrays and schedules are float32 and clipped to what is possible.
-        importance: `(param, grad) -> score`, elementwise, float32 in and out.
+            Arrays and schedules are float32 and clipped to what is possible. With
+            parameters in half precision `inject_hyperparams` needs
+            `hyperparam_dtype=jnp.float32`.
+        importance: `(param, grad) -> score`, elementwise, float32 in and out; by
+            default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default the inexact leaves of rank 2 or more.
+            default `kernels`: the inexact leaves of rank 2 or more.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the name or names of the mesh
             axes that the parameters are split over. Elsewhere shardings are seen to
             by themselves. With `check_vma=False` every prunable leaf must be split over
@@ -77,8 +80,9 @@ def mask_by_importance(
         is a schedule); read them with `optax.tree.get(state, "num_active")`.
 
     Raises:
-        ValueError: for a ratio outside [0, 1); from `init` if no leaf is prunable or
-            `prunable` does not match; from `update` without `params`.
+        ValueError: for a ratio outside [0, 1) or in half precision; from `init` if no
+            leaf is prunable or `prunable` does not match; from `update` without
+            `params`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,7 +99,9 @@ def mask_by_importance(
         NeurIPS 2019, https://arxiv.org/abs/1909.12778
     """
     check_ratio(ratio)
-    score = Score(importance)
+    # The defaults are None, since inject_hyperparams takes callables for schedules.
+    score = Score(taylor_importance if importance is None else importance)
+    prunable = kernels if prunable is None else prunable
 
     def init_fn(params: Any) -> Any:
         flags = prunable_tree(prunable, params)

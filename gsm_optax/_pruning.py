@@ -161,8 +161,9 @@ def freeze_pruned(mask: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init_fn(params: Any) -> optax.OptState:
-        if jax.tree.leaves(params):  # optax.tree.map_params passes a leafless tree
-            _check_mask(mask, params)
+        if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params,
+            return FreezePrunedState(params)  # which tells it where the mask is
+        _check_mask(mask, params)
         # A copy, so that donating the state does not delete the caller's mask.
         return FreezePrunedState(jax.tree.map(jnp.copy, mask))
 

@@ -4,7 +4,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from gsm_optax import (
+    freeze_pruned,
+    gsm,
+    gsm_sgd,
+    magnitude_mask,
+    mask_by_importance,
+    track_churn,
+)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "resume.py"
 LAST_LINES = 2  # of what the example prints: accuracy, and digests
@@ -57,3 +75,110 @@ def test_a_killed_run_ends_as_one_that_never_was(tmp_path):
     text, actual = finish(killed, saved + 200)
     assert "resumed after step" in text
     assert actual == wanted
+
+
+# Every state
+
+
+def parameters():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {
+        "kernel": draw(16, 8),
+        "bias": draw(8),
+        "half": draw(8, 8).astype("bfloat16"),
+    }
+
+
+def gradients(step):
+    return jax.tree.map(lambda x: jnp.roll(x, step + 1), parameters())
+
+
+TRANSFORMATIONS = {
+    "mask_by_importance": mask_by_importance(0.75),
+    "gsm": gsm(0.75, accumulator_dtype=jnp.float32),
+    "gsm_sgd, schedules": gsm_sgd(
+        optax.linear_schedule(0.1, 0.0, 10), optax.linear_schedule(0.0, 0.75, 5)
+    ),
+    "freeze_pruned": freeze_pruned(magnitude_mask(parameters(), 0.5)),
+    "track_churn": track_churn(gsm_sgd(0.1, 0.75)),
+    "inject_hyperparams": optax.inject_hyperparams(
+        gsm_sgd, hyperparam_dtype=jnp.float32
+    )(0.1, 0.75, accumulator_dtype=jnp.float32),
+}
+
+
+@pytest.fixture(params=TRANSFORMATIONS)
+def tx(request):
+    return TRANSFORMATIONS[request.param]
+
+
+@partial(jax.jit, static_argnums=0)
+def step_of(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def train(tx, params, state, steps):
+    for step in steps:
+        put = lambda g, p: jax.device_put(g, p.sharding)
+        grads = jax.tree.map(put, gradients(step), params)
+        params, state = step_of(tx, grads, state, params)
+    return params, state
+
+
+def restored(folder, tree, target):
+    """Save the tree, and read it back into the structure of `target`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "0", tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "0", target)
+
+
+def assert_same(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.promotes
+def test_every_state_comes_back_and_goes_on_bit_for_bit(tx, tmp_path):
+    params = parameters()
+    half = train(tx, params, tx.init(params), range(3))
+    target = jax.eval_shape(lambda: (params, tx.init(params)))
+    back = restored(tmp_path, half, target)
+    assert_same(back, half)
+    assert_same(train(tx, *back, range(3, 6)), train(tx, *half, range(3, 6)))
+
+
+def placed(tree, mesh):
+    """Shapes on that mesh: kernels are split, the rest is on every device."""
+
+    def place(x):
+        spec = P(mesh.axis_names[0]) if x.ndim > 1 else P()
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return jax.tree.map(place, tree)
+
+
+@pytest.mark.promotes
+def test_every_state_moves_to_another_mesh(tx, tmp_path):
+    """Saved from eight devices, restored onto two, and then as on one."""
+    kinds = (AxisType.Auto,)
+    eight = jax.make_mesh((8,), ("x",), axis_types=kinds)
+    two = jax.make_mesh((2,), ("y",), axis_types=kinds, devices=jax.devices()[:2])
+    params = parameters()
+    start = params, tx.init(params)
+    put = lambda x, where: jax.device_put(x, where.sharding)
+    there = train(tx, *jax.tree.map(put, start, placed(start, eight)), range(3))
+    here = restored(tmp_path, there, placed(start, two))
+    assert here[0]["kernel"].sharding == NamedSharding(two, P("y"))
+    ended, wanted = train(tx, *here, range(3, 6)), train(tx, *start, range(6))
+    for a, b in zip(jax.tree.leaves(ended), jax.tree.leaves(wanted), strict=True):
+        assert a.sharding.device_set == set(jax.devices()[:2])
+        tolerance = 2e-2 if a.dtype == jnp.bfloat16 else 1e-6
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-7)
