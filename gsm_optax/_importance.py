@@ -99,6 +99,17 @@ class Score:
         return jnp.where(score <= 0, 0, jnp.abs(score))
 
 
+@dataclass(frozen=True)
+class ScoreOfPart:
+    """A score that is zero wherever an entry does not take part."""
+
+    score: Score
+
+    def __call__(self, param: jax.Array, grad: jax.Array, part: jax.Array) -> jax.Array:
+        """Return float32 scores; `part` holds a bool for every entry."""
+        return jnp.where(part, self.score(param, grad), 0)
+
+
 magnitude_score = Score(magnitude_importance)
 """Magnitudes without a gradient: call it with the parameter in both places."""
 
