@@ -56,7 +56,7 @@ def check_weight_decay(weight_decay: Any) -> None:
 
 def check_count(name: str, value: Any, least: int, meaning: str) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `least`."""
-    if not (is_static(value) and value == int(value) and value >= least):
+    if not (is_static(value) and least <= value < math.inf and value == int(value)):
         raise ValueError(
             f"{name}={value!r} must be a whole number of {least} or more: {meaning}."
         )

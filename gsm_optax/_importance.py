@@ -151,6 +151,8 @@ def prunable_tree(prunable: Prunable, params: Any) -> Any:
         ValueError: if the tree does not match `params` or holds something else than
             bools, or if a leaf of `params` is no array.
     """
+    if not jax.tree.leaves(params):  # optax.tree.map_params passes a leafless tree
+        return params
     check_arrays(params)
     # A callable pytree (an equinox module of bools) is a tree, as in optax.masked.
     treedef = jax.tree.structure(prunable)
