@@ -200,7 +200,7 @@ def _blocks(block_of: Blocks, tree: Any) -> Any:
     prefixes = () if callable(block_of) else tuple(block_of)
     find = block_of if callable(block_of) else partial(_by_prefix, prefixes)
     named = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-    blocks = {path: find(path) for path in jax.tree.leaves(named)}
+    blocks: dict[str, Any] = {path: find(path) for path in jax.tree.leaves(named)}
     homeless = [path for path, block in blocks.items() if not _is_index(block)]
     if homeless:
         raise ValueError(

@@ -227,14 +227,14 @@ def freezing_saving(
         0.15...
     """
     check_count("steps", steps, 1, "steps of the whole run")
-    backward, total = _check_costs(forward, backward)
+    costs, total = _check_costs(forward, backward)
     frozen = np.asarray(schedule(jnp.arange(steps, dtype=jnp.int32)))
-    if frozen.min() < 0 or frozen.max() > len(backward):
+    if frozen.min() < 0 or frozen.max() > len(costs):
         raise ValueError(
             f"the schedule freezes {frozen.min()} to {frozen.max()} blocks, but costs "
-            f"are given for {len(backward)}: give every block its cost."
+            f"are given for {len(costs)}: give every block its cost."
         )
-    saved = np.append(0.0, np.cumsum(backward))[frozen]
+    saved = np.append(0.0, np.cumsum(costs))[frozen]
     return float(saved.mean() / total)
 
 
@@ -273,17 +273,17 @@ def single_shot_start(
     """
     single_shot(0, interval, blocks)  # checks both
     check_count("steps", steps, 1, "steps of the whole run")
-    backward, total = _check_costs(forward, backward)
-    if blocks > len(backward):
+    costs, total = _check_costs(forward, backward)
+    if blocks > len(costs):
         raise ValueError(
             f"blocks={blocks} are to be frozen, but costs are given for "
-            f"{len(backward)}: give every block its cost, or freeze fewer."
+            f"{len(costs)}: give every block its cost, or freeze fewer."
         )
     later = np.arange(blocks, dtype=np.int64) * int(interval)
 
     def saved(start: int) -> float:
         frozen_for = np.maximum(steps - start - later, 0)
-        return float(frozen_for @ backward[:blocks] / (steps * total))
+        return float(frozen_for @ costs[:blocks] / (steps * total))
 
     if not 0 < saving <= saved(0):
         raise ValueError(

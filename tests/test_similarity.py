@@ -133,7 +133,7 @@ def test_shapes_that_do_not_fit_are_refused(x, y, message):
 
 
 def test_other_features_than_at_the_start_are_refused():
-    with pytest.raises(ValueError, match="x has 3 and y 2 features, .* for 2 and 2"):
+    with pytest.raises(ValueError, match=r"x has 3 and y 2 features, .* for 2 and 2"):
         LinearCKA.start(2, 2).update(jnp.ones((4, 3)), jnp.ones((4, 2)))
 
 
