@@ -54,7 +54,7 @@ class Trainer:
 
         def loss(params, rest, images, labels):
             params = stop_frozen_gradients(params, num_frozen, blocks)
-            model = nnx.merge(graph, params, rest)
+            model = nnx.merge(graph, params, rest, copy=True)
             values = optax.softmax_cross_entropy_with_integer_labels(
                 model(images), labels
             )
