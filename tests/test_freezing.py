@@ -450,6 +450,32 @@ def test_shards_choose_as_one_device_does(kind):
         assert_same(jax.jit(tx.update)(put(grads), state, params), expected)
 
 
+def test_inside_shard_map_the_named_axes_are_counted_over():
+    make = lambda **options: freeze_blocks(
+        mask_by_importance(0.75, **options), given_by([1]), ["a", "b", "c"]
+    )
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {n: jnp.asarray(rng.normal(size=(8, 16)), jnp.float32) for n in "abc"}
+        for _ in range(2)
+    )
+    alone, tx = make(), make(axis_name="x")
+    expected, state = alone.update(grads, alone.init(params), params)
+    layout = {"a": P("x"), "b": P(None, "x"), "c": P()}
+
+    def update(grads, params):
+        updates, state = tx.update(grads, tx.init(params), params)
+        return updates, optax.tree.get(state, "num_active")
+
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(
+        update, mesh=mesh, in_specs=(layout, layout), out_specs=(layout, P())
+    )
+    updates, num_active = jax.jit(split)(grads, params)
+    assert_same(updates, expected)
+    assert num_active == optax.tree.get(state, "num_active")
+
+
 @pytest.mark.promotes
 def test_leaves_that_optax_masks_out_are_left_out():
     """`optax.masked` does not mask extra arguments unless it is told to."""
