@@ -59,3 +59,11 @@ def check_weight_decay(weight_decay: Any) -> None:
             f"weight_decay={weight_decay} must be finite and not negative: the decay "
             "is what turns passive weights into zeros. Try 1e-4 to 1e-3."
         )
+
+
+def check_count(name: str, value: Any, least: int, meaning: str) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least `least`."""
+    if not (is_static(value) and least <= value < math.inf and value == int(value)):
+        raise ValueError(
+            f"{name}={value!r} must be a whole number of {least} or more: {meaning}."
+        )

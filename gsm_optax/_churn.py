@@ -99,6 +99,7 @@ def track_churn(
         return TrackChurnState(inner_state, active, churn)
 
     def update_fn(updates, state, params=None, **extra_args):
+        trainable = extra_args.get("trainable")
         # Both sides of the comparison have to read the same bits: see _masking.
         grads, params = jax.tree.map(_barrier, (updates, params))
         updates, inner_state = inner.update(
@@ -116,6 +117,14 @@ def track_churn(
 
         flags = prunable_tree(prunable, params)
         active = jax.tree.map(is_active, flags, params, grads)
+        if trainable is not None:  # what sits a step out does not change side
+            active = jax.tree.map(
+                _where_part,
+                active,
+                state.active,
+                trainable,
+                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+            )
         churn = _num_different(state.active, active, axis_name)
         return updates, TrackChurnState(inner_state, active, churn)
 
@@ -146,6 +155,10 @@ def states_of(kind: type, opt_state: Any) -> list[Any]:
     """All states of that type, wherever wrappers have put them."""
     is_one = lambda x: isinstance(x, kind)
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+
+
+def _where_part(now: Any, then: Any, part: Any) -> Any:
+    return now if isinstance(now, optax.MaskedNode) else jnp.where(part, now, then)
 
 
 def _barrier(leaf: Any) -> Any:

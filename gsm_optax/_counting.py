@@ -9,8 +9,10 @@ This file knows only jax.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from fractions import Fraction
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -29,11 +31,14 @@ Low words of 2¹⁹ partial counts still add up within int32, and so do the high
 2⁴³ entries.
 """
 
+_DIGIT = (1 << WORD) - 1
+
 LARGEST = 2**31 - 1
 """Entries that one int32 can count."""
 
 Leaves = Sequence[tuple[jax.Array, ...]]  # the arguments of a score, leaf by leaf
 Score = Callable[..., jax.Array]
+Words = tuple[Any, Any]  # (high, low) of a count; ints, or int32 scalars
 
 
 def order_key(score: jax.Array) -> jax.Array:
@@ -52,6 +57,33 @@ def to_words(count: Any) -> tuple[Any, Any]:
 def carry(high: Any, low: Any) -> tuple[Any, Any]:
     """Move what exceeds the low word into the high one."""
     return high + (low >> WORD), to_words(low)[1]
+
+
+def round_product(fraction: Fraction, words: Words) -> Words:
+    """round(fraction · count), half to even, exactly: in digits of `WORD` bits.
+
+    Args:
+        fraction: in [0, 1), its denominator a power of two, as that of any float.
+        words: a count, traced or not.
+    """
+    drop = -(-(fraction.denominator.bit_length() - 1) // WORD)
+    if not drop:
+        return 0, 0
+    factor = int(fraction * 2 ** (WORD * drop))  # of the count, digits still to drop
+    digits = [words[1], *(words[0] >> shift & _DIGIT for shift in (0, WORD, 2 * WORD))]
+    limbs: list[Any] = [0] * (drop + len(digits) + 1)
+    limbs[drop - 1] = 1 << WORD - 1  # one half, so that rounding down rounds
+    for i in range(drop):
+        for j, digit in enumerate(digits):
+            limbs[i + j] += (factor >> WORD * i & _DIGIT) * digit
+    for i in range(len(limbs) - 1):
+        more, limbs[i] = to_words(limbs[i])
+        limbs[i + 1] += more
+    # Without a rest it was exactly halfway, and an odd result is one too many.
+    rest = reduce(operator.or_, limbs[:drop])
+    low = limbs[drop] - jnp.where(rest == 0, limbs[drop] & 1, 0)
+    first, second, third = limbs[drop + 1 : drop + 4]
+    return first + (second << WORD) + (third << 2 * WORD), low
 
 
 def excess(words: tuple[Any, Any], kept: tuple[Any, Any]) -> jax.Array:

@@ -99,6 +99,17 @@ class Score:
         return jnp.where(score <= 0, 0, jnp.abs(score))
 
 
+@dataclass(frozen=True)
+class ScoreOfPart:
+    """A score that is zero wherever an entry does not take part."""
+
+    score: Score
+
+    def __call__(self, param: jax.Array, grad: jax.Array, part: jax.Array) -> jax.Array:
+        """Return float32 scores; `part` holds a bool for every entry."""
+        return jnp.where(part, self.score(param, grad), 0)
+
+
 magnitude_score = Score(magnitude_importance)
 """Magnitudes without a gradient: call it with the parameter in both places."""
 
@@ -140,6 +151,8 @@ def prunable_tree(prunable: Prunable, params: Any) -> Any:
         ValueError: if the tree does not match `params` or holds something else than
             bools, or if a leaf of `params` is no array.
     """
+    if not jax.tree.leaves(params):  # optax.tree.map_params passes a leafless tree
+        return params
     check_arrays(params)
     # A callable pytree (an equinox module of bools) is a tree, as in optax.masked.
     treedef = jax.tree.structure(prunable)

@@ -5,21 +5,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gsm_optax._checks import check_ratio
-from gsm_optax._counting import num_entries, order_key
+from gsm_optax._counting import carry, num_entries, order_key, to_words
 from gsm_optax._importance import (
     Importance,
     Prunable,
     Score,
+    ScoreOfPart,
     check_any_prunable,
     is_inexact,
     kernels,
     prunable_tree,
     taylor_importance,
 )
-from gsm_optax._selection import count_dtype, num_kept, select
+from gsm_optax._selection import (
+    Selection,
+    count_dtype,
+    num_kept,
+    num_kept_of_part,
+    select,
+    to_count,
+)
 
 
 class MaskByImportanceState(NamedTuple):
@@ -58,6 +67,13 @@ def mask_by_importance(
 
     Gradients must be averaged over data-parallel devices before they come here, as
     under any jit with sharded batches they are.
+
+    Parts of the model may sit a step out: with the extra argument `trainable`, a tree
+    like the gradients with a bool, or a traced bool scalar, at every leaf, :math:`N`
+    counts only the entries of the leaves where it is true, the choice is among them,
+    and the other prunable leaves are passive as a whole: their updates are zero, NaN
+    included. `optax.chain` passes it on: `tx.update(grads, state, params,
+    trainable=tree)`.
 
     Args:
         ratio: fraction of the prunable entries that is passive, in [0, 1): a float, an
@@ -114,7 +130,7 @@ def mask_by_importance(
             step=jnp.zeros((), jnp.int32) if callable(ratio) else None,
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
         del extra_args
         if params is None:
             raise ValueError(
@@ -123,12 +139,15 @@ def mask_by_importance(
             )
         grads, flags, pairs, treedef = _split(updates, params, prunable)
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
-        data = jax.lax.stop_gradient(pairs)
-        kept = num_kept(ratio_now, num_entries(data, axis_name))
-        selection = select(score, data, kept, state.threshold, axis_name)
+        parts = (
+            None if trainable is None else compress(_align(trainable, updates), flags)
+        )
+        selection, active = _choose(
+            score, pairs, parts, ratio_now, state.threshold, axis_name
+        )
         masked = iter(
-            jnp.where(order_key(score(param, grad)) >= selection.key, grad, 0)
-            for param, grad in pairs
+            jnp.where(mask, grad, 0)
+            for mask, (_, grad) in zip(active, pairs, strict=True)
         )
         updates = [
             next(masked) if flag else grad
@@ -156,3 +175,61 @@ def _split(updates: Any, params: Any, prunable: Prunable) -> tuple[Any, ...]:
     # search and in the mask; behind the barrier both read the same bits.
     pairs = [jax.lax.optimization_barrier(pair) for pair in compress(pairs, flags)]
     return grads, flags, pairs, treedef
+
+
+def _choose(score, pairs, parts, ratio, start, axis_name) -> tuple[Selection, Any]:
+    """The threshold and, one by one, the masks of active entries."""
+    data = jax.lax.stop_gradient(pairs)
+    if parts is not None:
+        return _choose_among(score, data, list(parts), ratio, start, axis_name)
+    kept = num_kept(ratio, num_entries(data, axis_name))
+    selection = select(score, data, kept, start, axis_name)
+    return selection, (order_key(score(*pair)) >= selection.key for pair in pairs)
+
+
+def _choose_among(score, data, parts, ratio, start, axis_name):
+    """The same among the leaves whose flag in `parts` is true, traced or not.
+
+    The scores of the others are zero, so that they are never the Q-th greatest. How
+    many entries take part is known at run time only, and summed in words.
+    """
+    sizes = [num_entries([args], axis_name) for args in data]
+    words = [
+        [jnp.where(part, np.int32(word), 0) for word in to_words(size)]
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    total = carry(*(sum(column) for column in zip(*words, strict=True)))
+    kept = num_kept_of_part(ratio, total)
+    # One bool per entry, because the leaves of a search are of equal shapes.
+    triples = [
+        (*args, jnp.full_like(args[0], part, bool))
+        for args, part in zip(data, parts, strict=True)
+    ]
+    key, num_active = select(ScoreOfPart(score), triples, kept, start, axis_name)
+    # The search sees the zeros of the others, so it cannot know that Q is all there is.
+    everything = (kept[0] == total[0]) & (kept[1] == total[1])
+    key = jnp.where(everything, 0, key)
+    num_active = jnp.where(everything, to_count(total, sum(sizes)), num_active)
+    active = (
+        part & (order_key(score(*args)) >= key)
+        for args, part in zip(data, parts, strict=True)
+    )
+    return Selection(key, num_active), active
+
+
+def _align(trainable: Any, updates: Any) -> list[Any]:
+    """One flag for every leaf of the updates, None and `optax.MaskedNode` included."""
+    is_hole = lambda x: x is None or isinstance(x, optax.MaskedNode)
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_hole)
+    try:
+        flags = treedef.flatten_up_to(trainable)
+    except ValueError as error:
+        raise ValueError(
+            f"trainable must be a tree like the gradients, with a bool a leaf. {error}"
+        ) from error
+    # Whole parts that optax.masked has taken out are no leaves to the selection.
+    return [
+        flag
+        for leaf, flag in zip(leaves, flags, strict=True)
+        if not isinstance(leaf, optax.MaskedNode)
+    ]

@@ -26,11 +26,13 @@ from gsm_optax._counting import (
     WORD,
     Leaves,
     Score,
+    Words,
     carry,
     count,
     excess,
     is_local,
     num_entries,
+    round_product,
     smallest_reaching,
     to_words,
 )
@@ -58,14 +60,28 @@ def num_kept(ratio: Any, total: int) -> tuple[Any, Any]:
     """Q = N − round(ratio·N) in words: exact, or rounded in float32 for an array."""
     if not isinstance(ratio, jax.Array):
         return to_words(total - round(Fraction(float(ratio)) * total))
-    passive = jnp.round(ratio.astype(jnp.float32) * np.float32(total))
-    passive = jnp.clip(passive, 0, np.float32(total))
+    return _less(to_words(total), _in_single_precision(ratio, np.float32(total)))
+
+
+def num_kept_of_part(ratio: Any, total: Words) -> Words:
+    """`num_kept` for a number of entries that is only known at run time, in words."""
+    if not isinstance(ratio, jax.Array):
+        return _less(total, round_product(Fraction(float(ratio)), total))
+    high, low = (word.astype(jnp.float32) for word in total)
+    return _less(total, _in_single_precision(ratio, high * 2**WORD + low))
+
+
+def _in_single_precision(ratio: jax.Array, total: Any) -> Words:
+    """round(ratio·N) in float32, in words."""
+    passive = jnp.round(ratio.astype(jnp.float32) * total)
+    passive = jnp.clip(passive, 0, total)
     high = jnp.floor(passive / 2**WORD)
     low = passive - high * 2**WORD
-    all_high, all_low = to_words(total)
-    high, low = carry(
-        all_high - high.astype(jnp.int32), all_low - low.astype(jnp.int32)
-    )
+    return high.astype(jnp.int32), low.astype(jnp.int32)
+
+
+def _less(total: Words, passive: Words) -> Words:
+    high, low = carry(total[0] - passive[0], total[1] - passive[1])
     # float32 may round the passive count above the total.
     return jnp.maximum(high, 0), jnp.where(high < 0, 0, low)
 
@@ -141,10 +157,15 @@ def _selection(found: Bracket, key: jax.Array, kept, total: int) -> Selection:
     key = jnp.where(everything, 0, jnp.where(too_few, 1, key))
     key = jnp.where(nothing, NAN_KEY, key)
     over = jnp.where(too_few, found.under, found.over)
+    return Selection(key, to_count((kept[0], kept[1] + over), total))
+
+
+def to_count(words: Words, total: int) -> jax.Array:
+    """Join the words of a count of some of `total` entries, in `count_dtype`."""
     if count_dtype(total) == jnp.int32:
-        return Selection(key, (kept[0] << WORD) + kept[1] + over)
-    high, low = (word.astype(jnp.float32) for word in (kept[0], kept[1] + over))
-    return Selection(key, high * 2**WORD + low)
+        return (words[0] << WORD) + words[1]
+    high, low = (word.astype(jnp.float32) for word in words)
+    return high * 2**WORD + low
 
 
 def count_dtype(total: int) -> Any:

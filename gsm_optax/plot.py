@@ -1,12 +1,12 @@
-"""Figures of a run, from the records of a `gsm_optax.Recorder`.
+"""Figures of a run, from the records of a `gsm_optax.Recorder`, and of schedules.
 
     from gsm_optax import plot
 
     plot.overview(recorder.records).savefig("run.png")
 
-Every function draws into the `Axes` it is given, or else into a new figure, and returns
-the `Axes`. Nothing is shown or saved, and no backend is chosen: a notebook shows the
-figures by itself. Needs matplotlib: `pip install "gsm_optax[plot]"`.
+Every function of records draws into the `Axes` it is given, or else into a new figure,
+and returns the `Axes`. Nothing is shown or saved, and no backend is chosen: a notebook
+shows the figures by itself. Needs matplotlib: `pip install "gsm_optax[plot]"`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gsm_optax._freezing_schedules import FreezingSchedule
 from gsm_optax._recording import EXPONENTS
 
 try:
@@ -194,6 +195,46 @@ def overview(records: Records) -> Figure:
     panels = [density, threshold, *([churn] if _has_churn(records) else [])]
     for draw, ax in zip(panels, lower.subplots(1, len(panels)), strict=True):
         draw(records, ax)
+    return figure
+
+
+def frozen_blocks(
+    schedules: Mapping[str, FreezingSchedule], steps: int, blocks: int
+) -> Figure:
+    """Draw which blocks are frozen when, a panel a schedule.
+
+    Args:
+        schedules: by their names; see `gsm_optax.single_shot`.
+        steps: how many steps to draw.
+        blocks: how many blocks the model has.
+
+    Returns:
+        The figure, 7.5 inches wide, two panels a row. Block 1, nearest the input, is at
+        the bottom; what is filled is frozen.
+
+    Example:
+        >>> from gsm_optax import periodic, plot, single_shot
+        >>> schedules = {"single-shot": single_shot(40, interval=20, blocks=3)}
+        >>> schedules["periodic"] = periodic((4, 2, 2, 1), interval=10)
+        >>> figure = plot.frozen_blocks(schedules, steps=100, blocks=4)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['single-shot', 'periodic']
+    """
+    rows = -(-len(schedules) // 2)
+    figure = plt.figure(figsize=(7.5, 0.5 + 1.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, (name, schedule) in zip(axes, schedules.items(), strict=False):
+        frozen = np.array([int(schedule(step)) for step in range(steps)])
+        edges = np.append(frozen, frozen[-1])
+        ax.fill_between(range(steps + 1), edges, step="post", color=BLUE, linewidth=0)
+        ax.hlines(range(1, blocks), 0, steps, color=GREY, linewidth=0.4)
+        ax.set(title=name, xlim=(0, steps), ylim=(0, blocks))
+        ax.set_yticks(np.arange(blocks) + 0.5, map(str, range(1, blocks + 1)))
+        ax.tick_params(axis="y", length=0)
+    for ax in axes[len(schedules) :]:
+        ax.remove()
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("block (filled: frozen)", fontsize="medium")
     return figure
 
 

@@ -307,7 +307,6 @@ def test_types_of_states_are_stable_on_an_explicit_mesh(selecting):
         assert types(updates) == types(params)
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="sums int32 and int64")
 def test_with_64_bits_enabled():
     with jax.enable_x64(True):
         params = jnp.arange(1.0, 7.0).reshape(2, 3)

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from gsm_optax import Recorder, gsm_sgd, track_churn
+from gsm_optax import Recorder, gsm_sgd, periodic, single_shot, track_churn
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -168,3 +168,19 @@ def test_without_matplotlib_one_line_says_what_to_install():
 def test_importing_plot_chooses_no_backend():
     code = "import matplotlib; matplotlib.use('svg'); from gsm_optax import plot; "
     assert run(code + "print(matplotlib.get_backend())").stdout == "svg\n"
+
+
+def test_frozen_blocks_are_filled_from_the_front():
+    schedules = {
+        "once": single_shot(4, 2, 3),
+        "by turns": periodic((4, 2, 1, 1), 2),
+        "later": single_shot(9, 1, 1),
+    }
+    figure = plot.frozen_blocks(schedules, steps=10, blocks=4)
+    assert [ax.get_title() for ax in figure.axes] == list(schedules)
+    for ax, schedule in zip(figure.axes, schedules.values(), strict=True):
+        (area,) = (path for c in ax.collections[:1] for path in c.get_paths())
+        for step in range(10):
+            for block in range(4):
+                filled = area.contains_point((step + 0.5, block + 0.5))
+                assert filled == (block < schedule(step))

@@ -1,0 +1,667 @@
+"""Freezing schedules, freeze_blocks, stop_frozen_gradients, and what freezing saves."""
+
+import math
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from hypothesis import given, settings, strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from oracle import active, budget
+
+from gsm_optax import (
+    delayed_periodic,
+    freeze_blocks,
+    freezing_saving,
+    gsm,
+    gsm_sgd,
+    magnitude_importance,
+    mask_by_importance,
+    periodic,
+    single_shot,
+    single_shot_resume,
+    single_shot_start,
+    stop_frozen_gradients,
+    track_churn,
+)
+
+BLOCKS = ["first", "middle", "last"]
+SHAPES = {"first": (12, 9), "middle": (9, 8), "last": (8, 4)}
+
+
+def draw(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.normal(size=shape), dtype),
+            "bias": jnp.asarray(rng.normal(size=shape[-1:]), dtype),
+        }
+        for name, shape in SHAPES.items()
+    }
+
+
+def given_by(table):
+    """A schedule that looks the step up in a table."""
+    return lambda step: jnp.asarray(table, jnp.int32)[step]
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+# Schedules
+
+
+small = st.integers(1, 7)
+few = settings(deadline=None, max_examples=25)
+
+
+@few
+@given(start=st.integers(0, 20), interval=small, blocks=small)
+def test_single_shot_freezes_block_i_at_its_time_and_for_good(start, interval, blocks):
+    frozen = np.asarray(single_shot(start, interval, blocks)(jnp.arange(80)))
+    for i in range(blocks + 2):
+        frozen_at = start + i * interval if i < blocks else math.inf
+        np.testing.assert_array_equal(frozen > i, np.arange(80) >= frozen_at)
+
+
+@few
+@given(start=st.integers(5, 20), interval=small, blocks=small, resume=st.integers(0, 5))
+def test_resuming_saves_the_same_and_ends_thawed(start, interval, blocks, resume):
+    steps = 80
+    once = single_shot(start, interval, blocks)(jnp.arange(steps))
+    schedule = single_shot_resume(start, interval, blocks, steps=steps, resume=resume)
+    again = schedule(jnp.arange(steps))
+    assert not again[steps - resume :].any()
+    for i in range(blocks):
+        assert jnp.sum(again > i) == jnp.sum(once > i)
+
+
+@few
+@given(
+    exponents=st.lists(st.integers(0, 4), max_size=5),
+    interval=small,
+    delay=st.integers(0, 9),
+)
+def test_periods_are_kept_and_what_is_frozen_is_a_prefix(exponents, interval, delay):
+    periods = [*(2**e for e in sorted(exponents, reverse=True)), 1]
+    frozen = np.asarray(periodic(periods, interval)(jnp.arange(100)))
+    stretch = np.arange(100) // interval
+    for i, period in enumerate(periods):
+        np.testing.assert_array_equal(frozen <= i, stretch % period == 0)
+    later = np.asarray(delayed_periodic(delay, periods, interval)(jnp.arange(100)))
+    assert not later[:delay].any()
+    np.testing.assert_array_equal(later[delay:], frozen[: 100 - delay])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        single_shot(4, 2, 3),
+        single_shot_resume(4, 2, 3, steps=12, resume=3),
+        periodic((4, 2, 1), 2),
+        delayed_periodic(3, (4, 2, 1), 1),
+    ],
+)
+def test_schedules_are_int32_scalars_in_and_out_of_jit(schedule):
+    for step in range(12):
+        plain = schedule(step)
+        traced = jax.jit(schedule)(jnp.int32(step))
+        assert plain.dtype == traced.dtype == jnp.int32
+        assert plain.shape == traced.shape == ()
+        assert plain == traced == schedule(jnp.arange(12))[step]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: single_shot(-1, 2, 3), "start=-1 must be a whole number of 0"),
+        (lambda: single_shot(1, 0, 3), "interval=0 must be a whole number of 1"),
+        (lambda: single_shot(1, 2.5, 3), r"interval=2\.5 must be"),
+        (lambda: single_shot(1, 2, 0), "blocks=0 must be"),
+        (lambda: single_shot(math.inf, 2, 1), "start=inf must be"),
+        (lambda: single_shot_resume(4, 2, 3, steps=12, resume=5), "start=4 must be at"),
+        (lambda: single_shot_resume(12, 2, 3, steps=12, resume=5), "below steps=12"),
+        (lambda: periodic((4, 3, 1), 1), r"periods=\(4, 3, 1\) must be powers of two"),
+        (lambda: periodic((2, 4, 1), 1), "fall towards the output"),
+        (lambda: periodic((4, 2), 1), "end with 1"),
+        (lambda: periodic((), 1), "end with 1"),
+        (lambda: periodic((2, 1), 0), "interval=0 must be"),
+        (lambda: delayed_periodic(-2, (2, 1), 1), "delay=-2 must be"),
+    ],
+)
+def test_bad_schedules_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# What they save
+
+
+COSTS = {"forward": [1.0, 2.0, 3.0], "backward": [2.0, 4.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    "schedule", [single_shot(30, 7, 2), periodic((4, 2, 1), 3), given_by([3] * 100)]
+)
+def test_saving_is_the_backward_cost_of_what_is_frozen(schedule):
+    spent = 0.0
+    for step in range(100):
+        frozen = int(schedule(step))
+        spent += sum(COSTS["forward"]) + sum(COSTS["backward"][frozen:])
+    saving = freezing_saving(schedule, 100, **COSTS)
+    assert saving == pytest.approx(1 - spent / (100 * 17))
+
+
+@few
+@given(saving=st.floats(0.01, 0.3), interval=st.integers(1, 30))
+def test_start_is_the_latest_that_saves_so_much(saving, interval):
+    start = single_shot_start(saving, 400, interval, 2, **COSTS)
+    saved = lambda start: freezing_saving(single_shot(start, interval, 2), 400, **COSTS)
+    assert saved(start) >= saving - 1e-12
+    assert saved(start + 1) < saving
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: single_shot_start(0.4, 100, 1, 2, **COSTS), r"saving=0.4 .*\(0, 0.35"),
+        (lambda: single_shot_start(0.0, 100, 1, 2, **COSTS), "saving=0.0 must be"),
+        (lambda: single_shot_start(0.1, 100, 1, 4, **COSTS), "blocks=4 are to be"),
+        (lambda: single_shot_start(0.1, 100, 0, 2, **COSTS), "interval=0 must be"),
+        (lambda: freezing_saving(given_by([4]), 1, **COSTS), "freezes 4 to 4 blocks"),
+        (
+            lambda: freezing_saving(given_by([0]), 1, forward=[1], backward=[1, 2]),
+            "one cost a block",
+        ),
+        (
+            lambda: freezing_saving(given_by([0]), 1, forward=[1], backward=[-1]),
+            "not negative",
+        ),
+        (lambda: freezing_saving(given_by([0]), 0, **COSTS), "steps=0 must be"),
+    ],
+)
+def test_bad_costs_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# The transformation
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adamw": optax.adamw(optax.linear_schedule(0.1, 0.0, 20), weight_decay=0.1),
+    "masked": optax.chain(
+        optax.masked(
+            optax.adam(0.1),
+            lambda params: jax.tree.map(lambda x: jnp.ndim(x) == 2, params),
+        ),
+        optax.trace(0.9),
+    ),
+    "partition": optax.partition(
+        {"a": gsm_sgd(0.1, 0.5), "b": optax.adam(0.1)},
+        lambda params: jax.tree.map(lambda x: "a" if jnp.ndim(x) == 2 else "b", params),
+    ),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    "gsm": gsm_sgd(0.1, ratio=0.5, momentum=0.9, weight_decay=0.1),
+    "churn": track_churn(gsm_sgd(0.1, ratio=0.5)),
+    "gsm, a tree of bools": gsm_sgd(
+        0.1,
+        ratio=0.5,
+        prunable={n: {"kernel": True, "bias": False} for n in SHAPES},
+    ),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=4),
+}
+TABLE = [0, 0, 1, 2, 2, 1, 3, 0, 0]
+
+
+def run(tx, steps, params=None, state=None):
+    """Parameters and state after every step, in one compiled program."""
+    params = draw(0) if params is None else params
+    state = tx.init(params) if state is None else state
+    update, history = jax.jit(tx.update), []
+    for step in steps:
+        updates, state = update(draw(100 + step), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append((params, state, updates))
+    assert update._cache_size() == 1
+    return history
+
+
+def per_parameter(tx, state, name):
+    """What the state holds for the parameters of one block."""
+    kept = []
+    optax.tree_map_params(
+        tx,
+        lambda x, flag: kept.append(x) if flag else None,
+        state,
+        {n: {"kernel": n == name, "bias": n == name} for n in SHAPES},
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    return [x for x in kept if not isinstance(x, optax.MaskedNode)]
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_frozen_blocks_do_not_move_bit_for_bit(tx):
+    frozen = freeze_blocks(tx, given_by(TABLE), BLOCKS)
+    before, before_state = draw(0), frozen.init(draw(0))
+    for num_frozen, step in zip(TABLE, run(frozen, range(len(TABLE))), strict=True):
+        params, state, updates = step
+        for i, name in enumerate(BLOCKS):
+            held = per_parameter(tx, state.inner_state, name)
+            was = per_parameter(tx, before_state.inner_state, name)
+            assert held
+            if i < num_frozen:
+                assert_same(params[name], before[name])
+                assert_same(held, was)
+                assert_same(updates[name], jax.tree.map(jnp.zeros_like, updates[name]))
+            else:
+                assert jnp.any(params[name]["kernel"] != before[name]["kernel"])
+        before, before_state = params, state
+    assert state.step == len(TABLE)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("name", ["sgd", "adamw", "gsm", "churn", "injected"])
+def test_without_a_frozen_block_it_is_the_optimizer_itself(name):
+    tx = OPTIMIZERS[name]
+    wrapped = run(freeze_blocks(tx, given_by([0] * 5), BLOCKS), range(5))
+    for (params, state, updates), plain in zip(wrapped, run(tx, range(5)), strict=True):
+        assert_same((params, state.inner_state, updates), plain)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("name", ["sgd", "adamw", "gsm", "churn"])
+def test_the_rest_trains_as_though_the_frozen_blocks_were_not_there(name):
+    """The optimizer alone on the smaller tree; and clipping sees no frozen gradient."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name])
+    frozen = run(freeze_blocks(tx, given_by([1] * 5), BLOCKS), range(5))
+    rest = {n: x for n, x in draw(0).items() if n != "first"}
+    state = tx.init(rest)
+    for step, (params, wrapped, _) in enumerate(frozen):
+        grads = {n: x for n, x in draw(100 + step).items() if n != "first"}
+        updates, state = jax.jit(tx.update)(grads, state, rest)
+        rest = optax.apply_updates(rest, updates)
+        for n in rest:
+            for key in rest[n]:
+                np.testing.assert_allclose(params[n][key], rest[n][key], rtol=1e-5)
+        if name in ("gsm", "churn"):
+            for key in ("num_active", "churn")[: 1 + (name == "churn")]:
+                got = optax.tree.get(wrapped, key)
+                assert got == optax.tree.get(state, key)
+
+
+@pytest.mark.promotes
+def test_momentum_after_thawing_is_that_of_the_freezing_step_and_counters_go_on():
+    frozen = freeze_blocks(optax.adam(0.1), given_by([0, 1, 1, 0]), BLOCKS)
+    history = run(frozen, range(4))
+    mu = [optax.tree.get(state, "mu")["first"]["kernel"] for _, state, _ in history]
+    grad = draw(103)["first"]["kernel"]
+    np.testing.assert_allclose(mu[3], 0.9 * mu[0] + 0.1 * grad, rtol=1e-4, atol=1e-6)
+    assert optax.tree.get(history[-1][1], "count") == 4
+
+
+def test_a_nan_in_a_frozen_block_is_neither_seen_nor_counted():
+    tx = freeze_blocks(gsm_sgd(0.1, 0.5), given_by([1]), BLOCKS)
+    params, grads = draw(0), draw(1)
+    wanted = tx.update(grads, tx.init(params), params)
+    grads["first"] = jax.tree.map(lambda x: x * jnp.nan, grads["first"])
+    assert_same(tx.update(grads, tx.init(params), params), wanted)
+
+
+# The selection among blocks that train
+
+
+def chosen(tx, grads, params, trainable, **options):
+    updates, state = jax.jit(tx.update)(
+        grads, tx.init(params), params, trainable=trainable, **options
+    )
+    return updates, int(state.num_active)
+
+
+def leaves_of(values):
+    arrays = [jnp.asarray(v, jnp.float32).reshape(1, -1) for v in values]
+    return arrays, [jnp.ones_like(a) for a in arrays]
+
+
+levels = st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0, math.nan])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(st.lists(levels, min_size=3, max_size=3), min_size=3, max_size=3),
+    parts=st.lists(st.booleans(), min_size=3, max_size=3),
+    ratio=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9]),
+)
+def test_choice_is_the_definition_over_the_leaves_that_take_part(values, parts, ratio):
+    params, ones = leaves_of(values)
+    grads, num_active = chosen(
+        _masking(ratio), ones, params, [jnp.asarray(part) for part in parts]
+    )
+    among = [np.abs(p) for p, part in zip(params, parts, strict=True) if part]
+    total = sum(x.size for x in among)
+    masks = iter(active(among, budget(ratio, total)) if among else [])
+    wanted = [next(masks) if part else np.zeros((1, 3), bool) for part in parts]
+    np.testing.assert_array_equal(np.stack(grads), np.stack(wanted))
+    # Fewer than Q are positive: then the state says so too.
+    assert num_active == sum(mask.sum() for mask in wanted)
+
+
+def _masking(ratio, cache={}):  # noqa: B006  one compilation a ratio
+    return cache.setdefault(ratio, mask_by_importance(ratio))
+
+
+@settings(deadline=None, max_examples=4)
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=2),
+    ratio=st.floats(0, 1, exclude_max=True),
+)
+def test_budget_is_exact_for_any_static_ratio(sizes, ratio):
+    """Halves are rounded to even, and nothing is rounded on the way."""
+    params = [jnp.arange(1.0, n + 1).reshape(1, -1) for n in (*sizes, 7)]
+    grads, num_active = mask_by_importance(ratio).update(
+        [jnp.ones_like(p) for p in params],
+        mask_by_importance(ratio).init(params),
+        params,
+        trainable=[True, True, False],
+    )
+    assert int(num_active.num_active) >= budget(ratio, sum(sizes))
+    order = np.sort(np.concatenate([p[0] for p in params[:2]]))[::-1]
+    kept = budget(ratio, sum(sizes))
+    least = order[kept - 1] if kept else np.inf
+    for p, g in zip(params[:2], grads[:2], strict=True):
+        np.testing.assert_array_equal(g[0], p[0] >= least)
+    assert not grads[2].any()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1 - 2**-20, 1e-300])
+@pytest.mark.parametrize("size", [2, 6, 10, 4094, 70_001])
+def test_halves_round_to_even(ratio, size):
+    params = [jnp.arange(1.0, size + 1).reshape(1, -1), jnp.ones((2, 2))]
+    ones = jax.tree.map(jnp.ones_like, params)
+    _, num_active = chosen(mask_by_importance(ratio), ones, params, [True, False])
+    assert num_active == budget(ratio, size)
+
+
+def test_importance_of_a_frozen_leaf_is_not_asked():
+    """An importance that does not need the gradient would choose frozen entries."""
+    tx = freeze_blocks(gsm(0.5, importance=magnitude_importance), given_by([1]), BLOCKS)
+    params = draw(0)
+    params["first"]["kernel"] *= 1000
+    _, state = tx.update(draw(1), tx.init(params), params)
+    assert optax.tree.get(state, "num_active") == budget(0.5, 9 * 8 + 8 * 4)
+
+
+def test_a_traced_ratio_is_of_the_entries_that_train():
+    tx = freeze_blocks(gsm(lambda step: 0.75), given_by([0, 1, 2, 3]), BLOCKS)
+    sizes = np.array([12 * 9, 9 * 8, 8 * 4, 0])
+    counts = [
+        int(optax.tree.get(state, "num_active")) for _, state, _ in run(tx, range(4))
+    ]
+    assert counts == [budget(0.75, int(sizes[k:].sum())) for k in range(4)]
+
+
+def test_bfloat16_keeps_its_dtype():
+    params, grads = draw(0, jnp.bfloat16), draw(1, jnp.bfloat16)
+    tx = freeze_blocks(gsm_sgd(0.125, 0.5), given_by([1, 2]), BLOCKS)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
+    scores = [
+        np.abs(np.float32(params[n]["kernel"]) * np.float32(grads[n]["kernel"]))
+        for n in BLOCKS[1:]
+    ]
+    wanted = sum(m.sum() for m in active(scores, budget(0.5, 9 * 8 + 8 * 4)))
+    assert optax.tree.get(state, "num_active") == wanted
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shards_choose_as_one_device_does(kind):
+    tx = freeze_blocks(
+        gsm_sgd(2**-3, 0.75, momentum=0.5, weight_decay=2**-7),
+        given_by([1]),
+        ["a", "b", "c"],
+    )
+    rng = np.random.default_rng(0)
+    alone, grads = (
+        {n: jnp.asarray(rng.normal(size=(8, 16)), jnp.float32) for n in "abc"}
+        for _ in range(2)
+    )
+    expected = jax.jit(tx.update)(grads, tx.init(alone), alone)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    layout = {"a": P("x", "y"), "b": P("y", "x"), "c": P(None, "x")}
+    put = lambda tree: {
+        n: jax.device_put(x, NamedSharding(mesh, layout[n])) for n, x in tree.items()
+    }
+    everywhere = lambda x: jax.device_put(x, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        params = put(alone)
+        state = jax.tree.map(lambda x: x if x.ndim else everywhere(x), tx.init(params))
+        assert_same(jax.jit(tx.update)(put(grads), state, params), expected)
+
+
+def test_inside_shard_map_the_named_axes_are_counted_over():
+    make = lambda **options: freeze_blocks(
+        mask_by_importance(0.75, **options), given_by([1]), ["a", "b", "c"]
+    )
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {n: jnp.asarray(rng.normal(size=(8, 16)), jnp.float32) for n in "abc"}
+        for _ in range(2)
+    )
+    alone, tx = make(), make(axis_name="x")
+    expected, state = alone.update(grads, alone.init(params), params)
+    layout = {"a": P("x"), "b": P(None, "x"), "c": P()}
+
+    def update(grads, params):
+        updates, state = tx.update(grads, tx.init(params), params)
+        return updates, optax.tree.get(state, "num_active")
+
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(
+        update, mesh=mesh, in_specs=(layout, layout), out_specs=(layout, P())
+    )
+    updates, num_active = jax.jit(split)(grads, params)
+    assert_same(updates, expected)
+    assert num_active == optax.tree.get(state, "num_active")
+
+
+@pytest.mark.promotes
+def test_leaves_that_optax_masks_out_are_left_out():
+    """`optax.masked` does not mask extra arguments unless it is told to."""
+    tx = freeze_blocks(
+        optax.masked(
+            mask_by_importance(0.5),
+            {"first": True, "middle": False, "last": True},
+        ),
+        given_by([1]),
+        BLOCKS,
+    )
+    params, grads = draw(0), draw(1)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert optax.tree.get(state, "num_active") == 8 * 4 // 2
+    assert_same(updates["middle"], grads["middle"])
+
+
+def test_trainable_must_fit():
+    params = draw(0)
+    tx = mask_by_importance(0.5)
+    with pytest.raises(ValueError, match="trainable must be a tree like the gradients"):
+        tx.update(params, tx.init(params), params, trainable={"first": True})
+
+
+# Blocks and frameworks
+
+
+def by_number(path):
+    return BLOCKS.index(path.split("/")[0])
+
+
+def test_a_callable_and_prefixes_say_the_same():
+    for prefixes in (BLOCKS, tuple(BLOCKS), [*BLOCKS[:2], "last/kernel", "last/bias"]):
+        a = freeze_blocks(optax.sgd(0.1), given_by([2]), prefixes)
+        b = freeze_blocks(optax.sgd(0.1), given_by([2]), by_number)
+        params = draw(0)
+        assert_same(
+            a.update(draw(1), a.init(params), params)[0],
+            b.update(draw(1), b.init(params), params)[0],
+        )
+
+
+def test_prefixes_are_whole_names_and_the_longest_counts():
+    params = {"dense": jnp.ones(2), "dense2": {"a": jnp.ones(2), "b": jnp.ones(2)}}
+    tx = freeze_blocks(optax.sgd(1.0), given_by([1]), ["dense2/a", "dense", "dense2"])
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved = jax.tree.map(lambda u: bool(u.any()), updates)
+    assert moved == {"dense": True, "dense2": {"a": False, "b": True}}
+
+
+@pytest.mark.parametrize(
+    ("block_of", "message"),
+    [
+        (["first", "last"], "without a block: middle/bias, middle/kernel"),
+        ([*BLOCKS, "head"], "names 'head', which no parameter is in. .*last/kernel"),
+        ("first", "block_of='first' must be different path prefixes"),
+        (["first", "first", "middle"], "must be different"),
+        ([], "must be different path prefixes"),
+        (lambda path: None, "without a block: first/bias, .*last/kernel"),
+        (lambda path: -1, "without a block"),
+        (lambda path: 0.5, "without a block"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(block_of, message):
+    with pytest.raises(ValueError, match=message):
+        freeze_blocks(optax.sgd(0.1), single_shot(0, 1, 1), block_of).init(draw(0))
+    with pytest.raises(ValueError, match=message):
+        stop_frozen_gradients(draw(0), 1, block_of)
+
+
+def test_a_number_is_no_schedule():
+    with pytest.raises(ValueError, match="schedule=2 must be a function"):
+        freeze_blocks(optax.sgd(0.1), 2, BLOCKS)
+
+
+def test_nnx_models_are_frozen_by_attribute():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs)
+    )
+    tx = freeze_blocks(gsm_sgd(0.1, 0.5), given_by([0, 1]), ["layers/0", "layers/2"])
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.sum(model(jnp.ones((5, 3))) ** 2)
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    seen = [jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
+    for _ in range(2):
+        step(model, optimizer)
+        seen.append(jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model))))
+    start, once, twice = (tree["layers"] for tree in seen)
+    assert jnp.any(once[0]["kernel"] != start[0]["kernel"])
+    assert_same(twice[0], once[0])
+    assert jnp.any(twice[2]["kernel"] != once[2]["kernel"])
+
+
+class Boxed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        init = linen.with_partitioning(linen.initializers.ones, ("in", "out"))
+        x = linen.Dense(4, name="first", kernel_init=init)(x)
+        return linen.Dense(2, name="last", kernel_init=init)(x)
+
+
+def linen_params():
+    return Boxed().init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+
+
+def equinox_params():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+@pytest.mark.parametrize(
+    ("params", "blocks"),
+    [
+        (linen_params, ["first", "last"]),
+        (equinox_params, ["layers/0", "layers/1"]),
+    ],
+)
+def test_linen_boxes_and_equinox_modules(params, blocks):
+    params = params()
+    tx = freeze_blocks(gsm_sgd(0.1, 0.5), given_by([1]), blocks)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, state = jax.jit(tx.update)(ones, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert optax.tree.get(state, "num_active") >= 4
+    stopped = stop_frozen_gradients(params, 1, blocks)
+    assert_same(stopped, params)
+    loss = lambda p: sum(
+        jnp.sum(x) for x in jax.tree.leaves(stop_frozen_gradients(p, 1, blocks))
+    )
+    grads = [bool(g.any()) for g in jax.tree.leaves(jax.grad(loss)(params))]
+    moved = [bool(u.any()) for u in jax.tree.leaves(updates)]
+    assert grads == moved == [False, False, True, True]
+
+
+# Stopping gradients
+
+
+def loss_of(params, x, num_frozen):
+    params = stop_frozen_gradients(params, num_frozen, BLOCKS)
+    for name in BLOCKS:
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return jnp.sum(x**2)
+
+
+def test_gradients_of_the_rest_are_the_same_and_frozen_ones_zero():
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(7, 12)), jnp.float32)
+    whole = jax.grad(loss_of)(draw(0), x, 0)
+    for num_frozen in range(4):
+        assert loss_of(draw(0), x, num_frozen) == loss_of(draw(0), x, 0)
+        grads = jax.grad(loss_of)(draw(0), x, num_frozen)
+        for i, name in enumerate(BLOCKS):
+            want = (
+                whole[name] if i >= num_frozen else optax.tree.zeros_like(whole[name])
+            )
+            for key in want:
+                np.testing.assert_allclose(grads[name][key], want[key], rtol=1e-5)
+
+
+def test_the_backward_pass_of_the_front_is_not_in_the_program():
+    """FLOPs fall by what the frozen matrix products cost."""
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    n, rows = 64, 128
+    params = {b: {"kernel": struct(n, n), "bias": struct(n)} for b in BLOCKS}
+    flops = []
+    for num_frozen in range(4):
+        grad = jax.jit(jax.grad(partial(loss_of, num_frozen=num_frozen)))
+        cost = grad.lower(params, struct(rows, n)).compile().cost_analysis()
+        flops.append(cost.get("flops", 0.0))
+    product = 2 * rows * n * n
+    # Of the first block only the kernel's gradient is made, of others their input's.
+    saved = -np.diff(flops) / product
+    np.testing.assert_allclose(saved[:2], [2, 2], rtol=0.1)
+    assert saved[2] > 0.9
+
+
+@pytest.mark.parametrize("num_frozen", [-1, 1.5, jnp.int32(1), None])
+def test_the_number_of_frozen_blocks_must_be_static(num_frozen):
+    with pytest.raises(ValueError, match=r"must be a Python int.*static_argnames"):
+        stop_frozen_gradients(draw(0), num_frozen, BLOCKS)
+
+
+def test_a_traced_number_is_refused():
+    with pytest.raises(ValueError, match=r"must be a Python int.*static_argnames"):
+        jax.jit(lambda k: stop_frozen_gradients(draw(0), k, BLOCKS))(1)

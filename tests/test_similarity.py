@@ -1,0 +1,200 @@
+"""linear_cka, LinearCKA, mask_overlap, structural_similarity: against definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from gsm_optax import (
+    LinearCKA,
+    linear_cka,
+    magnitude_mask,
+    mask_overlap,
+    structural_similarity,
+)
+
+few = settings(deadline=None, max_examples=25)
+
+
+def definition(x, y):
+    """CKA as written, in float64."""
+    x, y = (np.asarray(a, np.float64) for a in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    norm = np.linalg.norm
+    return norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
+
+
+def draw(seed, rows=40, p=6, q=9):
+    """Two layers that have something in common, off their origin."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, p)) + 3
+    y = x @ rng.normal(size=(p, q)) + rng.normal(size=(rows, q)) * 2
+    return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+def streamed(x, y, batch):
+    cka = LinearCKA.start(x.shape[1], y.shape[1])
+    for i in range(0, len(x), batch):
+        cka = cka.update(x[i : i + batch], y[i : i + batch])
+    return cka.value()
+
+
+seeds = st.integers(0, 1000)
+
+
+@few
+@given(seed=seeds, rows=st.sampled_from([2, 5, 40]))
+def test_values_are_the_definition(seed, rows):
+    x, y = draw(seed, rows)
+    np.testing.assert_allclose(linear_cka(x, y), definition(x, y), rtol=1e-4)
+    np.testing.assert_allclose(linear_cka(y, x), definition(x, y), rtol=1e-4)
+
+
+@few
+@given(seed=seeds, batch=st.sampled_from([1, 7, 40]))
+def test_streaming_gives_the_value_of_all_rows(seed, batch):
+    x, y = draw(seed)
+    np.testing.assert_allclose(streamed(x, y, batch), definition(x, y), rtol=1e-4)
+
+
+def orthogonal(seed, n):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+
+
+@few
+@given(seed=seeds, scale=st.floats(1e-15, 1e15), shift=st.floats(-100, 100))
+@pytest.mark.parametrize("cka", [linear_cka, lambda x, y: streamed(x, y, 13)])
+def test_rotations_scales_and_shifts_change_nothing(cka, seed, scale, shift):
+    x, y = draw(seed)
+    turned = np.asarray(x, np.float64) @ orthogonal(seed, 6) * scale
+    turned = jnp.asarray(turned * 1.0, jnp.float32)
+    np.testing.assert_allclose(cka(turned, y), cka(x, y), rtol=1e-3)
+    np.testing.assert_allclose(cka(x + shift, y), cka(x, y), rtol=1e-3)
+    np.testing.assert_allclose(cka(x, turned), 1, rtol=1e-4)
+
+
+def test_a_mean_far_from_zero_does_not_cancel():
+    """Sums of raw squares in float32 would lose every digit here."""
+    x, y = draw(0, rows=400)
+    far = jnp.round(x * 64) / 64 + 4096
+    wanted = definition(far, y)
+    np.testing.assert_allclose(streamed(far, y, 20), wanted, rtol=1e-3)
+    np.testing.assert_allclose(linear_cka(far, y), wanted, rtol=1e-3)
+
+
+def test_independent_layers_are_not_alike_and_a_scan_needs_no_more_memory():
+    def batch(cka, key):
+        x, y = (jax.random.normal(k, (500, 4)) for k in jax.random.split(key))
+        return cka.update(x, y), None
+
+    keys = jax.random.split(jax.random.key(0), 20)
+    cka, _ = jax.jit(lambda keys: jax.lax.scan(batch, LinearCKA.start(4, 4), keys))(
+        keys
+    )
+    assert cka.count == 10_000
+    assert sum(x.size for x in cka) == 1 + 4 + 4 + 3 * 16
+    assert 0 <= cka.value() < 0.01
+
+
+def test_bfloat16_is_computed_with_in_float32():
+    x, y = (a.astype(jnp.bfloat16) for a in draw(0))
+    value = linear_cka(x, y)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, definition(x, y), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 50])  # both ways of computing it
+def test_constant_features_have_no_cka(rows):
+    x, y = draw(0, rows)
+    constant = jnp.full_like(x, 0.1)
+    assert jnp.isnan(linear_cka(constant, y))
+    assert jnp.isnan(linear_cka(y, constant))
+    assert jnp.isnan(streamed(constant, y, 7))
+    one = x.at[:, 1:].set(0.1)  # some constant features do no harm
+    np.testing.assert_allclose(linear_cka(one, y), definition(one, y), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ((4, 2), (5, 2), r"x\[4, 2\] and y\[5, 2\] must be matrices with a row"),
+        ((4, 2, 2), (4, 2), r"x\.reshape"),
+        ((4,), (4, 2), "must be matrices"),
+        ((0, 2), (0, 2), r"x\[0, 2\] or y\[0, 2\] is empty"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, y, message):
+    x, y = jnp.ones(x), jnp.ones(y)
+    with pytest.raises(ValueError, match=message):
+        linear_cka(x, y)
+    with pytest.raises(ValueError, match=message):
+        LinearCKA.start(2, 2).update(x, y)
+
+
+def test_other_features_than_at_the_start_are_refused():
+    with pytest.raises(ValueError, match=r"x has 3 and y 2 features, .* for 2 and 2"):
+        LinearCKA.start(2, 2).update(jnp.ones((4, 3)), jnp.ones((4, 2)))
+
+
+# Masks
+
+
+@few
+@given(seed=seeds)
+def test_overlap_counts_positions_over_all_leaves(seed):
+    rng = np.random.default_rng(seed)
+    a, b = ([rng.random(n) < 0.4 for n in (5, 30)] for _ in range(2))
+    common = sum((x & y).sum() for x, y in zip(a, b, strict=True))
+    both = sum(x.sum() for x in a + b)
+    got = mask_overlap(*(list(map(jnp.asarray, m)) for m in (a, b)))
+    np.testing.assert_allclose(got, 2 * common / both, rtol=1e-6)
+
+
+def test_overlap_of_masks_of_a_model():
+    params = {"kernel": jnp.arange(1.0, 9).reshape(2, 4)}
+    mask = magnitude_mask(params, 0.5)
+    assert mask_overlap(mask, mask) == 1
+    assert mask_overlap(mask, jax.tree.map(jnp.logical_not, mask)) == 0
+    assert jnp.isnan(mask_overlap(jnp.zeros(3, bool), jnp.zeros(3, bool)))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (jnp.ones(3, bool), jnp.ones(4, bool), r"bool\[3\] and bool\[4\]"),
+        (jnp.ones(3), jnp.ones(3, bool), "must be bool arrays"),
+        ([jnp.ones(3, bool)], jnp.ones(3, bool), "different structures"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        mask_overlap(a, b)
+
+
+def larger_half(weights):
+    nonzero = np.sort(np.abs(weights[weights != 0]))[::-1]
+    if not nonzero.size:
+        return np.zeros(weights.shape, bool)
+    return np.abs(weights) >= nonzero[(nonzero.size + 1) // 2 - 1]
+
+
+@few
+@given(seed=seeds, density=st.sampled_from([0.1, 0.5, 1.0]))
+def test_structural_similarity_is_that_of_the_larger_halves(seed, density):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, 6, 10)).astype(np.float32)
+    a, b = (np.where(rng.random(w.shape) < density, w, 0) for w in (a, a + b))
+    x, y = larger_half(a), larger_half(b)
+    wanted = 2 * (x & y).sum() / (x.sum() + y.sum())
+    got = structural_similarity(jnp.asarray(a), jnp.asarray(b))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_structural_similarity_of_simple_layers():
+    w = jnp.array([[3.0, -2.0], [1.0, 0.0]])
+    assert structural_similarity(w, -5 * w) == 1
+    assert structural_similarity(w, w[::-1]) == 0  # the larger row is another one
+    assert jnp.isnan(structural_similarity(0 * w, 0 * w))
+    with pytest.raises(ValueError, match="same shapes"):
+        structural_similarity(w, w[0])
