@@ -10,7 +10,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=EXAMPLES.parent,
     )
 
 
@@ -40,3 +44,26 @@ def test_prune_digits_refuses_a_compression_as_ratio(tmp_path):
     done = run(EXAMPLES / "prune_digits.py", "--ratio", 60, "--output", tmp_path)
     assert done.returncode != 0
     assert "did you mean ratio=1-1/60?" in done.stderr
+
+
+def test_layer_freezing(tmp_path):
+    done = run(
+        *("-m", "examples.layer_freezing", "--data", "digits", "--seeds", 1),
+        *("--epochs", 16, "--output", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "layer_freezing.json").read_text())["digits"]
+    for measured in results["similarity"].values():
+        for by_epoch in measured.values():
+            assert all(abs(x - 1) < 1e-4 for x in by_epoch[-1])  # the final network
+            assert all(-1e-4 < x < 1 + 1e-4 for row in by_epoch for x in row)
+    assert len(results["schemes"]) == 1 + 4 * 4
+    assert "| single-shot & resume |" in done.stdout
+    for name in ("layers_settle.png", "freezing_schemes.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_freezing_schedules(tmp_path):
+    done = run(EXAMPLES / "freezing_schedules.py", tmp_path / "figure.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
