@@ -102,9 +102,10 @@ TRANSFORMATIONS = {
     ),
     "freeze_pruned": freeze_pruned(magnitude_mask(parameters(), 0.5)),
     "track_churn": track_churn(gsm_sgd(0.1, 0.75)),
+    # A name, because jnp.float32 can be called and would be taken for a schedule.
     "inject_hyperparams": optax.inject_hyperparams(
         gsm_sgd, hyperparam_dtype=jnp.float32
-    )(0.1, 0.75, accumulator_dtype=jnp.float32),
+    )(0.1, 0.75, accumulator_dtype="float32"),
 }
 
 
