@@ -92,7 +92,7 @@ FASHION = Recipe(
 FASHION_TUNED = replace(
     FASHION,
     name="fashion-lenet300-tuned-60x",
-    gsm=Phase(30, 0.1, momentum=0.95, weight_decay=1e-3, ramp=0.6),
+    gsm=Phase(30, 5e-2, momentum=0.95, weight_decay=2e-3, ramp=0.6),
     tuned=Phase(30, 0.1, cosine=True),
 )
 FASHION_LENET5 = replace(
