@@ -33,12 +33,14 @@ def draw(results: Path, output: Path) -> None:
         figsize=(2.5 * len(names), 3.2),
         layout="constrained",
         squeeze=False,
+        sharey=True,
     )
     for axis, name in zip(axes[0], names, strict=True):
         panel(
             axis, RECIPES[name], [r["layers"] for r in records[name] if "layers" in r]
         )
     axes[0, 0].set_ylabel("entries kept (%)")
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     print(f"figure: {output}")
@@ -57,10 +59,12 @@ def panel(axis, recipe, runs) -> None:
     bars = axis.bar(
         labels, mean, yerr=reach, color="#56b4e9", edgecolor="black", capsize=3
     )
-    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8, bbox=plain)
     whole = 100 / recipe.compression
-    axis.axhline(whole, color="black", linestyle="--", linewidth=1, zorder=3)
-    axis.set(yscale="log", ylim=(mean.min() / 4, 160))
+    line = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 2}
+    axis.axhline(whole, label="whole model", **line)
+    axis.set(yscale="log", ylim=(0.05, 300))
     axis.set_title(
         f"{recipe.title}\n{recipe.compression:g}x: {whole:.2g} %", fontsize=9
     )

@@ -121,6 +121,7 @@ STUDIES = {
     "nesterov": {"nesterov": True},
     "cosine": {"cosine": True, "weight_decay": 1e-3},
     "ramp": {"ramp": 0.3},
+    "ramp-budget-27": {"ramp": 0.3, "weight_decay": 1.5e-3},
 }
 
 
