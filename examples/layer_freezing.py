@@ -190,35 +190,32 @@ def schemes(trainer, periods):
 
 def compare(trainer, seeds, ratio=0.9):
     """Accuracy, pruned, of all schemes at all savings: one record a run."""
-    jobs = [("none", lambda step: 0 * step, 0.0)]
-    for periods in PERIODS:
-        for name, schedule in schemes(trainer, periods).items():
-            saving = freezing_saving(schedule, trainer.steps, **trainer.costs())
-            jobs.append((name, schedule, saving))
+    jobs = [("none", 0, lambda step: 0 * step)]
+    for level, periods in enumerate(PERIODS):
+        jobs += [(name, level, s) for name, s in schemes(trainer, periods).items()]
     records = []
-    for name, schedule, saving in tqdm(jobs, desc=f"{trainer.name}: schemes"):
+    for name, level, schedule in tqdm(jobs, desc=f"{trainer.name}: schemes"):
+        record = {
+            "scheme": name,
+            "level": level,
+            "saving": freezing_saving(schedule, trainer.steps, **trainer.costs()),
+        }
         for seed in range(seeds):
             *_, params = trainer.run(seed, ratio, schedule)
             accuracy = trainer.accuracy(prune(params, ratio))
-            records.append(
-                {"scheme": name, "saving": saving, "seed": seed, "accuracy": accuracy}
-            )
+            records.append(record | {"seed": seed, "accuracy": accuracy})
     return records
 
 
 def spread(records, scheme):
     """Savings of a scheme, means and standard deviations of its accuracies."""
-    savings = sorted({r["saving"] for r in records if r["scheme"] == scheme})
-    by_saving = [
-        [
-            r["accuracy"]
-            for r in records
-            if (r["scheme"], r["saving"]) == (scheme, saving)
-        ]
-        for saving in savings
-    ]
-    accuracies = np.array(by_saving)
-    return np.array(savings), accuracies.mean(1), accuracies.std(1)
+    runs = [r for r in records if r["scheme"] == scheme]
+    levels = sorted({r["level"] for r in runs})
+    of_level = lambda key: np.array(
+        [[r[key] for r in runs if r["level"] == level] for level in levels]
+    )
+    accuracies = of_level("accuracy")
+    return of_level("saving").mean(1), accuracies.mean(1), accuracies.std(1)
 
 
 def print_table(name, records):
