@@ -48,8 +48,8 @@ SETTINGS = {  # name: (batch, epochs)
     "digits": (64, 100),
     "fashion_mnist": (256, 20),
 }
-GSM = {"momentum": 0.95, "weight_decay": 3e-3}
-LEARNING_RATE = 0.1
+GSM = {"momentum": 0.95, "weight_decay": 6e-3}
+LEARNING_RATE = 0.05
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
 PERIODS = ((2, 1, 1, 1, 1), (2, 2, 1, 1, 1), (4, 2, 2, 1, 1))
 SCHEMES = ("single-shot", "single-shot & resume", "periodic", "delayed periodic")
@@ -202,32 +202,40 @@ def compare(trainer, seeds, ratio=0.9):
         }
         for seed in range(seeds):
             *_, params = trainer.run(seed, ratio, schedule)
-            accuracy = trainer.accuracy(prune(params, ratio))
-            records.append(record | {"seed": seed, "accuracy": accuracy})
+            accuracies = {
+                "accuracy": trainer.accuracy(prune(params, ratio)),
+                "before pruning": trainer.accuracy(params),
+            }
+            records.append(record | {"seed": seed} | accuracies)
     return records
 
 
-def spread(records, scheme):
+def spread(records, scheme, column="accuracy"):
     """Savings of a scheme, means and standard deviations of its accuracies."""
     runs = [r for r in records if r["scheme"] == scheme]
     levels = sorted({r["level"] for r in runs})
     of_level = lambda key: np.array(
         [[r[key] for r in runs if r["level"] == level] for level in levels]
     )
-    accuracies = of_level("accuracy")
+    accuracies = of_level(column)
     return of_level("saving").mean(1), accuracies.mean(1), accuracies.std(1)
 
 
 def print_table(name, records):
     """One row a scheme, one column a saving, in Markdown."""
     _, (mean,), (std,) = spread(records, "none")
+    _, (before,), _ = spread(records, "none", "before pruning")
     savings = spread(records, "periodic")[0]
-    print(f"\n{name}, nothing frozen: {mean:.2f} ± {std:.2f}\n")
+    print(f"\n{name}, nothing frozen: {mean:.2f} ± {std:.2f} (unpruned {before:.2f})\n")
     print("| | " + " | ".join(f"{saving:.0%}" for saving in savings) + " |")
     print("|---|" + "---:|" * len(savings))
     for scheme in SCHEMES:
         _, means, stds = spread(records, scheme)
-        cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(means, stds, strict=True)]
+        _, before, _ = spread(records, scheme, "before pruning")
+        cells = [
+            f"{m:.2f} ± {s:.2f} ({b:.2f})"
+            for m, s, b in zip(means, stds, before, strict=True)
+        ]
         print(f"| {scheme} | " + " | ".join(cells) + " |")
 
 
