@@ -81,24 +81,26 @@ def select_by_rows(
 
     def count(bracket, probes, data):
         new = narrow(bracket, probes, _count_all(score, data, probes) - kept)
-        return new, nothing, False
+        return new, nothing, False, True
 
     def collect(bracket, probes, data):
         probes = _window(bracket, grid)
         reached, rows, complete = _collect_all(score, data, probes)
-        within = Bracket(*probes, *(reached - kept))
-        collected = complete & (within.over >= 0) & (within.under < 0)
         new = narrow(bracket, probes, reached - kept)
-        new = jax.tree.map(lambda a, b: jnp.where(collected, a, b), within, new)
-        return new, rows, collected
+        inside = (new.low == probes[0]) & (new.high == probes[1])
+        # Too many for some row, but far fewer than before: fewer still will do.
+        again = inside & (new.over - new.under <= (bracket.over - bracket.under) // 2)
+        return new, rows, complete & inside, again
 
     def one_read(carry):
         old, probes, counting, *_ = carry
         # Behind the barrier the scores are part of the loop; before it XLA would
         # compute them once, ahead of the loop, and store them: n · 4 bytes.
         probes, data = lax.optimization_barrier((probes, leaves))
-        new, rows, collected = lax.cond(counting, count, collect, old, probes, data)
-        return new, next_probes(old, new, SPREAD, grid), ~counting, rows, collected
+        new, rows, collected, collecting = lax.cond(
+            counting, count, collect, old, probes, data
+        )
+        return new, next_probes(old, new, SPREAD, grid), ~collecting, rows, collected
 
     start = whole, first, True, nothing, False
     bracket, _, _, rows, collected = lax.while_loop(unfinished, one_read, start)
