@@ -5,8 +5,8 @@ the first thresholds. The first read counts there, which narrows the bracket to 
 thousand entries, and interpolation guesses the wanted key to within a few hundred. So
 few are they that hardly any row holds more than three: the second read collects all of
 them, as the greatest, the least and the sum of the bracketed keys of every row, and the
-rest of the search reads only what was collected. A row with more, or a wrong guess,
-costs another pair of reads.
+rest of the search reads only what was collected. A row with more costs another read, a
+wrong guess another pair.
 
 What is collected is stored, 16 bytes a row, where a row is the last axis (see `ROW`).
 This file knows only jax.
@@ -195,8 +195,7 @@ def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
 
     # Without a collection, the bracket has been narrowed to one key: it is the one.
     last = bracket._replace(high=jnp.where(collected, bracket.high, bracket.low + 1))
-    evenly = np.arange(1, 6, dtype=np.float32) / 6
-    found = search(excess_at, last, probes_at(last, evenly), CLOSE)
+    found = search(excess_at, last, next_probes(last, last, CLOSE), CLOSE)
     wanted = jnp.min(jnp.where((keys >= found.low) & (often > 0), keys, NAN_KEY))
     return found, jnp.where(collected, wanted, bracket.low)
 
