@@ -25,15 +25,13 @@ def main(args) -> None:
     """Print a table of all models and both optimizers."""
     rows = []
     for name in args.models:
-        for optimizer in ("SGD", "GSM"):
-            row = measure(name, optimizer, args.batch, args.steps, args.bfloat16)
-            rows.append([name, optimizer, *row])
-            print(f"{name}, {optimizer}: {row[1]} ms", flush=True)
-    head = ["model", "optimizer", "batch", "ms a step", "compile, s", "memory, MiB"]
+        rows += measure(name, args.batch, args.steps, args.bfloat16)
+        print(f"{name} done", flush=True)
+    head = ["model", "optimizer", "batch", "ms a step", "q1 - q3", "compile, s", "MiB"]
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
-    print(markdown(head, rows))
+    print(markdown(head, rows, words=2))
 
 
 def synthetic(size: int, classes: int, count: int, seed: int = 0) -> Data:
@@ -45,34 +43,57 @@ def synthetic(size: int, classes: int, count: int, seed: int = 0) -> Data:
     return Data(arrays, arrays, *STATISTICS["cifar10"], augmented=size == 32)
 
 
-def measure(name: str, optimizer: str, batch: int | None, steps: int, bfloat16: bool):
-    """Compile a step ahead of time, and take the median of some steps."""
+def measure(name: str, batch: int | None, steps: int, bfloat16: bool):
+    """Let both optimizers take turns at the same batch; return a row of each."""
     size, classes, recipe = SHAPES[name]
     batch = batch or recipe.batch
     model = create(name, 0, jnp.bfloat16 if bfloat16 else None)
-    graph, params, stats = nnx.split(model, nnx.Param, ...)
-    task = Task(graph, synthetic(size, classes, batch), batch, 0, looped=False)
-    tx = (
-        methods.gsm(recipe.gsm, 1000, recipe.ratio)
-        if optimizer == "GSM"
-        else methods.dense(recipe.dense, 1000)
+    task = Task(
+        nnx.graphdef(model), synthetic(size, classes, batch), batch, 0, looped=False
     )
-    state = task.replicate(State(jnp.int32(0), params, stats, tx.init(params)))
-    images, labels = task.data.train.read(np.arange(batch))
-    jitted = jax.jit(lambda *args: step(task, tx, *args), donate_argnums=0)
-    begin = time.perf_counter()
-    compiled = jitted.lower(state, images, labels).compile()
-    compile_time, seconds = time.perf_counter() - begin, []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
-        state, *_ = jax.block_until_ready(compiled(state, images, labels))
-        seconds.append(time.perf_counter() - begin)
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    milliseconds = 1000 * np.median(seconds[1:])
-    return [
-        str(batch),
-        f"{milliseconds:.0f}",
-        f"{compile_time:.1f}",
-        f"{total / 2**20:.0f}",
+    runs = [
+        Run(task, "SGD", methods.dense(recipe.dense, 1000), model),
+        Run(task, "GSM", methods.gsm(recipe.gsm, 1000, recipe.ratio), model),
     ]
+    data = task.data.train.read(np.arange(batch))
+    seconds = np.array([[run(*data) for run in runs] for _ in range(steps + 1)])
+    milliseconds = 1000 * seconds[1:]  # the first round is warm-up
+    return [
+        [
+            name,
+            run.optimizer,
+            str(batch),
+            f"{median:,.0f}",
+            f"{q1:,.0f} - {q3:,.0f}",
+            f"{run.compile_time:.1f}",
+            f"{run.memory / 2**20:,.0f}",
+        ]
+        for run, (q1, median, q3) in zip(
+            runs, np.quantile(milliseconds, [0.25, 0.5, 0.75], axis=0).T, strict=True
+        )
+    ]
+
+
+class Run:
+    """A step compiled ahead of time, its state, and what compiling told."""
+
+    def __init__(self, task: Task, optimizer: str, tx, model):
+        """Compile for the shapes of the task's batch."""
+        self.optimizer = optimizer
+        _, params, stats = nnx.split(model, nnx.Param, ...)
+        state = State(jnp.int32(0), params, stats, tx.init(params))
+        # Copies: both runs start from one model, and donate it.
+        self.state = jax.tree.map(jnp.copy, task.replicate(state))
+        data = task.data.train.read(np.arange(task.batch))
+        jitted = jax.jit(lambda *args: step(task, tx, *args), donate_argnums=0)
+        begin = time.perf_counter()
+        self.step = jitted.lower(self.state, *data).compile()
+        self.compile_time = time.perf_counter() - begin
+        memory = self.step.memory_analysis()
+        self.memory = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    def __call__(self, *data) -> float:
+        """Make one step; return its seconds."""
+        begin = time.perf_counter()
+        self.state, *_ = jax.block_until_ready(self.step(self.state, *data))
+        return time.perf_counter() - begin
