@@ -34,6 +34,7 @@ NETS = {  # blocks, image, numbers of frozen blocks
     "lenet5": (["conv1", "conv2", "dense", "head"], (28, 28, 1), (0, 1, 2, 3)),
     "resnet56": (RESNET, (32, 32, 3), (0, 5, 10, 15, 19, 24)),
 }
+TITLES = {"lenet5": "LeNet-5", "resnet56": "ResNet-56"}
 HEAD = ["frozen", "ms", "q1 - q3", "GFLOPs", "FLOPs saved", "time saved", "of FLOPs"]
 
 
@@ -124,9 +125,9 @@ def figure_of(records):
     for (net, rows), style in zip(records.items(), ("o-", "s--"), strict=False):
         points = [[100 * r["flops_saved"], 100 * r["time_saved"]] for r in rows]
         shade = "0.1" if style == "o-" else "0.5"
-        axis.plot(*np.transpose(points), style, color=shade, label=net)
-    axis.axline((0, 0), slope=AIM, color="0.7", linewidth=1, label="aim: 80 %")
-    axis.set(xlabel="FLOPs saved (%)", ylabel="time saved (%)")
+        axis.plot(*np.transpose(points), style, color=shade, label=TITLES[net])
+    axis.axline((0, 0), slope=AIM, color="0.7", linewidth=1, label="aim: time = 80 % of FLOPs")
+    axis.set(xlabel="FLOPs saved (%)", ylabel="time saved (%)", xlim=0, ylim=0)
     axis.legend(frameon=False)
     return figure
 
