@@ -126,7 +126,9 @@ def figure_of(records):
         points = [[100 * r["flops_saved"], 100 * r["time_saved"]] for r in rows]
         shade = "0.1" if style == "o-" else "0.5"
         axis.plot(*np.transpose(points), style, color=shade, label=TITLES[net])
-    axis.axline((0, 0), slope=AIM, color="0.7", linewidth=1, label="aim: time = 80 % of FLOPs")
+    axis.axline(
+        (0, 0), slope=AIM, color="0.7", linewidth=1, label="aim: time = 80 % of FLOPs"
+    )
     axis.set(xlabel="FLOPs saved (%)", ylabel="time saved (%)", xlim=0, ylim=0)
     axis.legend(frameon=False)
     return figure

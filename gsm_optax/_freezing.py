@@ -41,9 +41,10 @@ def freeze_blocks(
     Frozen gradients may be anything, NaN too. They can be left out of the backward pass
     altogether, which is what saves time: see `stop_frozen_gradients`.
 
-    It goes around everything that holds momentum or decays. What watches `gsm`, such as
-    `track_churn`, goes inside. The schedule is traced: nothing is compiled again when
-    the number of frozen blocks changes.
+    It goes around everything that holds momentum or decays, another `freeze_blocks` as
+    well: what either freezes is frozen. What watches `gsm`, such as `track_churn`, goes
+    inside. The schedule is traced: nothing is compiled again when the number of frozen
+    blocks changes.
 
     Args:
         inner: any optax optimizer or chain.
@@ -93,10 +94,14 @@ def freeze_blocks(
         _check_fit(block_of, params)
         return FreezeBlocksState(jnp.zeros((), jnp.int32), tx.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
         num_frozen = jnp.asarray(schedule(state.step), jnp.int32)
         blocks = _blocks(block_of, updates)
-        trainable = jax.tree.map(lambda block: block >= num_frozen, blocks)
+        unfrozen = jax.tree.map(lambda block: block >= num_frozen, blocks)
+        if trainable is None:
+            trainable = unfrozen
+        else:  # frozen by another `freeze_blocks`, around this one
+            trainable = jax.tree.map(jnp.logical_and, trainable, unfrozen)
         grads = jax.tree.map(_or_zero, trainable, updates)
         updates, inner_state = tx.update(
             grads, state.inner_state, params, trainable=trainable, **extra_args

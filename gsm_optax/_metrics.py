@@ -35,7 +35,7 @@ def metrics(
     ========================= ========================================================
     `gsm/threshold`           least importance that was active at the last step
     `gsm/num_active`          entries that got their gradient at the last step
-    `gsm/active_fraction`     the same, as a fraction of the prunable entries
+    `gsm/active_fraction`     the same, as a fraction of all prunable entries
     `gsm/density`             fraction of the prunable entries that is not exactly zero
     `gsm/near_zero`           fraction of them below 1e-4 in magnitude, zeros included
     `gsm/churn`               entries that changed side; only with `track_churn`

@@ -546,6 +546,16 @@ def test_blocks_that_do_not_fit_are_refused(block_of, message):
         stop_frozen_gradients(draw(0), 1, block_of)
 
 
+def test_nested_it_freezes_what_either_freezes():
+    early, late = given_by([0, 2, 0, 1, 3, 0]), given_by([0, 1, 1, 2, 0, 0])
+    inner = gsm_sgd(0.1, ratio=0.7, momentum=0.9, weight_decay=1e-2)
+    both = given_by([0, 2, 1, 2, 3, 0])
+    nested = freeze_blocks(freeze_blocks(inner, early, BLOCKS), late, BLOCKS)
+    single = freeze_blocks(inner, both, BLOCKS)
+    for got, expected in zip(run(nested, range(6)), run(single, range(6)), strict=True):
+        assert_same(got[0], expected[0])
+
+
 def test_a_number_is_no_schedule():
     with pytest.raises(ValueError, match="schedule=2 must be a function"):
         freeze_blocks(optax.sgd(0.1), 2, BLOCKS)
