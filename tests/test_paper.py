@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import optax
 import pytest
 from flax import nnx
 
-from examples.paper import bench, figure, methods, tables
-from examples.paper.data import Arrays, Data, Stream, load, read_idx
+from examples.paper import bench, figure, methods, records, tables
+from examples.paper.__main__ import parse_args
+from examples.paper.data import Stream, load, read_idx
 from examples.paper.experiment import Experiment, Options
 from examples.paper.methods import Phase
 from examples.paper.models import MODELS, create
@@ -134,11 +136,21 @@ def test_idx_files_that_are_none_or_cut_off(tmp_path):
         read_idx(path)
 
 
+def test_a_folder_that_is_named_is_the_only_one(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    write_mnist(tmp_path / "mnist", "")
+    monkeypatch.setenv("GSM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"elsewhere/mnist, .*elsewhere"):
+        load("mnist", tmp_path / "elsewhere")
+    assert load("mnist").source == str(tmp_path / "mnist")
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "imagenet"])
 def test_missing_data_fail_at_once_and_say_what_to_do(name, tmp_path):
     begin = time.monotonic()
-    with pytest.raises(FileNotFoundError, match="download_and_prepare"):
+    with pytest.raises(FileNotFoundError, match="download_and_prepare") as caught:
         load(name, tmp_path)
+    assert f"data_dir='{tmp_path}'" in str(caught.value)  # where it was looked for
     assert time.monotonic() - begin < 1
 
 
@@ -191,14 +203,48 @@ def test_streamed_images_are_cropped_by_seed():
     np.testing.assert_array_equal(fixed.read(rows, 1)[0], fixed.read(rows, 2)[0])
 
 
-def test_prepared_cifar10_is_read_from_tensorflow_datasets(tmp_path):
+@pytest.fixture
+def prepared(tmp_path):
+    """A folder that looks like CIFAR-10 and ImageNet, prepared."""
+    for name in ("cifar10", "imagenet2012"):
+        (tmp_path / name / "1.0.0").mkdir(parents=True)
+        (tmp_path / name / "1.0.0" / f"{name}-train.array_record-0").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "builder", "test"),
+    [("cifar10", "cifar10", "test"), ("imagenet", "imagenet2012", "validation")],
+)
+def test_prepared_data_are_read_and_never_downloaded(
+    name, builder, test, prepared, monkeypatch
+):
+    def data_source(asked, *, split, data_dir, download):
+        assert (asked, data_dir, download) == (builder, prepared, False)
+        image = np.full((32, 32, 3), split == "train", np.uint8)
+        return [{"image": image, "label": i} for i in range(3 if split == test else 5)]
+
+    tfds = types.SimpleNamespace(data_source=data_source)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    data = load(name, prepared)
+    assert (len(data.train), len(data.test)) == (5, 3)
+    images, labels = data.train.read(np.array([4, 2]))
+    assert labels.tolist() == [4, 2]
+    assert images.min() == 1
+    assert data.augmented == (name == "cifar10")
+
+
+def test_prepared_data_without_the_package(prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+        load("cifar10", prepared)
+
+
+def test_tensorflow_datasets_itself(prepared):
     tfds = pytest.importorskip("tensorflow_datasets")
-    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    (tmp_path / "cifar10" / "3.0.2" / "cifar10-train.array_record-0").touch()
     with tfds.testing.mock_data(num_examples=5):
-        data = load("cifar10", tmp_path)
+        data = load("cifar10", prepared)
     assert data.train.images.shape == (5, 32, 32, 3)
-    assert data.augmented
 
 
 # Schedules and optimizers
@@ -279,6 +325,35 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(whole_run, tmp_path):
     assert digest(digits_phase(tmp_path)) == whole_run  # nothing is left to do
 
 
+class Normalised(nnx.Module):
+    """A small network with batch normalisation."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), strides=4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(4, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def test_batch_statistics_and_augmentation_go_on_bit_for_bit(tmp_path):
+    def run(folder, until=None):
+        model = Normalised(nnx.Rngs(0))
+        graph, params, stats = nnx.split(model, nnx.Param, ...)
+        data = bench.synthetic(32, 10, 16)
+        assert data.augmented
+        task = task_of(None, 4, graph, data, looped=False)
+        tx = methods.gsm(Phase(2, 1e-2), task.steps_per_epoch, 0.5)
+        state = train(task, tx, params, stats, 2, folder, "test", until)
+        return state, evaluate(task, state.params, state.stats)
+
+    assert int(run(tmp_path / "cut", 3)[0].step) == 3
+    (cut, cut_score), (whole, score) = run(tmp_path / "cut"), run(tmp_path / "whole")
+    assert digest(cut) == digest(whole)
+    assert cut_score == score
+
+
 def test_steps_from_the_host_are_those_in_the_loop(whole_run, tmp_path):
     state = digits_phase(tmp_path, looped=False)
     for a, b in zip(digest(state), whole_run, strict=True):
@@ -313,6 +388,13 @@ def test_evaluation_counts_hits():
     assert top5 == pytest.approx(100 * (labels >= 5).mean())
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_answers_that_are_all_the_same_are_misses(value):
+    graph, params, stats = nnx.split(create("mlp", 0), nnx.Param, ...)
+    params = jax.tree.map(lambda x: jnp.full_like(x, value), params)
+    assert evaluate(task_of("mlp", graph=graph), params, stats) == [0, 0]
+
+
 # Experiments
 
 
@@ -325,12 +407,13 @@ SHORT = replace(
     gradual=Phase(8, 5e-2, ramp=0.6),
     tuned=Phase(2, 5e-2),
 )
+DENSE_AND_GSM = replace(SHORT, name="two", gradual=None, tuned=None)
 
 
 def test_all_columns_of_a_row(tmp_path):
     record = Experiment(SHORT, 0, Options(tmp_path)).run()
     accuracy = record["accuracy"]
-    assert set(accuracy) == set(tables.COLUMNS)
+    assert set(accuracy) == set(records.PRUNED)
     assert min(accuracy[name] for name in ("dense", "gradual", "GSM tuned")) > 80
     layers = record["layers"]
     assert sum(layer["nonzero"] for layer in layers) == 5020
@@ -340,52 +423,103 @@ def test_all_columns_of_a_row(tmp_path):
     assert on_disk["versions"]["jax"] == jax.__version__
 
 
-def test_tickets_share_the_dense_network_and_keep_their_zeros(tmp_path):
+def test_what_is_complete_is_not_run_again(tmp_path, monkeypatch):
+    record = Experiment(DENSE_AND_GSM, 0, Options(tmp_path)).run()
+    monkeypatch.setattr(Experiment, "train", None)
+    assert Experiment(DENSE_AND_GSM, 0, Options(tmp_path)).run() == record
+    changed = replace(DENSE_AND_GSM, compression=11)
+    with pytest.raises(TypeError):  # it wants to train
+        Experiment(changed, 0, Options(tmp_path)).run()
+    with pytest.raises(TypeError):
+        Experiment(DENSE_AND_GSM, 0, Options(tmp_path, bfloat16=True)).run()
+
+
+def test_a_run_that_was_cut_off_keeps_its_times(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    experiment = Experiment(DENSE_AND_GSM, 0, Options(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "gsm", fail)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run()
+    seconds = Experiment(DENSE_AND_GSM, 0, Options(tmp_path)).run()["seconds"]
+    assert set(seconds) == {"dense", "GSM"}
+
+
+def test_tickets_are_survivors_with_the_weights_of_before(tmp_path, monkeypatch):
     recipe = replace(SHORT, name="tickets", tickets=1, dense=Phase(3, 5e-2))
+    starts, ends, original = {}, {}, Experiment.train
+
+    def spy(self, label, optimizer, start, *args, **kwargs):
+        starts[label] = start.params
+        trained = original(self, label, optimizer, start, *args, **kwargs)
+        ends[label] = trained.params
+        return trained
+
+    monkeypatch.setattr(Experiment, "train", spy)
     experiment = Experiment(recipe, 0, Options(tmp_path))
     record = experiment.run()
-    assert set(record["accuracy"]) == set(tables.TICKETS)
-    assert set(record["zeros_moved"].values()) == {0}
-    assert len(record["zeros_moved"]) == 4
-    again = Experiment(recipe, 0, Options(tmp_path)).run()
-    assert again["accuracy"] == record["accuracy"]
+    assert set(record["accuracy"]) == set(records.TICKETS)
+    assert record["zeros_moved"] == dict.fromkeys(records.TICKETS[1:], 0)
+    weights = {"initial": experiment.initial.params, "early": ends["early"]}
+    chosen_by = {"magnitude": ends["dense"], "GSM": ends["GSM"]}
+    for when, rewound in weights.items():
+        for by, chosen in chosen_by.items():
+            ticket = apply_mask(rewound, magnitude_mask(chosen, recipe.ratio))
+            assert digest(starts[f"{by}, {when}"]) == digest(ticket)
+    assert digest(starts["GSM"]) == digest(ends["dense"])
+    # Another recipe shares all but the early weights and what comes of them.
+    later = Experiment(replace(recipe, tickets=2), 0, Options(tmp_path / "."))
+    trained = set(later.run()["seconds"])
+    assert trained == {"early", "magnitude, early", "GSM, early"}
 
 
-def test_a_ticket_starts_from_the_initial_weights_of_the_survivors(tmp_path):
-    experiment = Experiment(SHORT, 0, Options(tmp_path))
-    mask = magnitude_mask(experiment.initial.params, 0.5)
-    ticket = experiment.initial.masked(mask, "ticket")
-    frozen = methods.frozen(SHORT.dense, 22, mask)
-    state = frozen.init(ticket.params)
-    grads = jax.tree.map(jnp.ones_like, ticket.params)
-    updates, _ = frozen.update(grads, state, ticket.params)
-    moved = optax.apply_updates(ticket.params, updates)
-    expected = apply_mask(moved, mask)
-    jax.tree.map(np.testing.assert_array_equal, moved, expected)
-
-
-def test_table_and_figure(tmp_path):
-    recipe = replace(SHORT, name="digits-20x")
-    layers = [
-        {"path": f"dense{i}/kernel", "entries": 100, "nonzero": 5 + i} for i in range(3)
-    ]
-    for seed, accuracy in enumerate([97.0, 98.0, 99.0]):
+def write_records(folder, recipe, accuracies, layers=()):
+    for seed, accuracy in enumerate(accuracies):
         record = {
-            "recipe": {"name": recipe.name},
+            "recipe": records.as_json(recipe),
             "validate": False,
-            "accuracy": {"dense": accuracy},
+            "bfloat16": False,
+            "accuracy": dict.fromkeys(records.columns(recipe), accuracy),
             "layers": layers,
             "versions": {"jax": "1"},
             "machine": "m",
             "command": "c",
         }
-        path = tmp_path / f"digits-20x-seed{seed}.json"
-        path.write_text(json.dumps(record))
+        path = records.path_of(folder, recipe.name, seed, False, False)
+        records.write(path, record)
+
+
+def test_table_and_figure(tmp_path):
+    recipe = RECIPES["digits-20x"]
+    layers = [
+        {"path": f"blocks/{i}/kernel", "entries": 100, "nonzero": 5 + i}
+        for i in range(3)
+    ]
+    write_records(tmp_path, recipe, [97.0, 98.0, 99.0], layers)
     table = tables.results_table(tmp_path)
-    assert re.search(r"digits +\| +20x \| .* 3 \| 98.00 ± 1.00 \| +- \|", table)
+    assert re.search(r"digits +\| +20x \| .* 3 \| 98.00 ± 1.00 \| 98.00", table)
     assert "not run" in table
-    figure.draw(tmp_path, tmp_path / "figure.png")
+    drawn = figure.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+    bars = [bar.get_x() for bar in drawn.axes[0].patches]
+    assert len(set(bars)) == 3  # of equal names, side by side
+
+
+def test_runs_that_are_not_complete_or_of_other_settings_are_not_in_the_table(tmp_path):
+    recipe = RECIPES["digits-20x"]
+    write_records(tmp_path, recipe, [98.0])
+    path = records.path_of(tmp_path, recipe.name, 0, False, False)
+    whole = json.loads(path.read_text())
+    assert records.read(tmp_path) == {recipe.name: [whole]}
+    part = whole | {"accuracy": {"dense": 98.0}}
+    other = whole | {"recipe": whole["recipe"] | {"batch": 7}}
+    for record in (part, other, whole | {"validate": True}):
+        records.write(path, record)
+        assert not records.read(tmp_path)
+    with pytest.raises(SystemExit, match="no results in"):
+        figure.draw(tmp_path, tmp_path / "figure.png")
 
 
 def test_command_line(tmp_path):
@@ -405,6 +539,20 @@ def test_command_line(tmp_path):
     assert done.returncode != 0
     assert "error: cifar10 is not on this machine" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "digits-60x", "--seeds", "0"], "'0' must be a whole number from 1 on"),
+        (["bench", "--models", "lenet5"], "invalid choice: 'lenet5'"),
+        (["bench", "--steps", "x"], "'x' must be a whole number"),
+    ],
+)
+def test_bad_arguments(args, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(args)
+    assert message in capsys.readouterr().err
 
 
 # The deep networks
@@ -458,9 +606,3 @@ def test_some_steps_of_a_shallow_resnet50():
 def test_some_steps_of_the_deep_networks(recipe, size):
     classes = 1000 if size == 64 else 10
     check_steps(recipe, create(recipe.model, 0), size, classes, 8)
-
-
-def test_data_of_noise_is_a_data_set():
-    data = bench.synthetic(32, 10, 4)
-    assert isinstance(data, Data)
-    assert isinstance(data.train, Arrays)

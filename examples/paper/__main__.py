@@ -16,6 +16,15 @@ from examples.paper import bench, figure, tables
 from examples.paper.experiment import Experiment, Options
 from examples.paper.recipes import RECIPES
 
+ERRORS = (FileNotFoundError, ImportError, ValueError, FloatingPointError)  # explained
+
+
+def positive(text: str) -> int:
+    """Read a positive number of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
 
 def parse_args(argv=None):
     """Read the command line."""
@@ -32,7 +41,9 @@ def parse_args(argv=None):
     commands.add_parser("list", help="list all recipes")
     run = commands.add_parser("run", parents=[results], help="run recipes")
     run.add_argument("recipes", nargs="+", metavar="RECIPE", choices=[*RECIPES])
-    run.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
+    run.add_argument(
+        "--seeds", type=positive, default=3, help="number of seeds, from 0 on"
+    )
     run.add_argument("--data", help="folder of idx files or prepared tfds data")
     run.add_argument("--bfloat16", action="store_true", help="compute in bfloat16")
     run.add_argument(
@@ -44,23 +55,27 @@ def parse_args(argv=None):
     draw = commands.add_parser("figure", parents=[results], help="draw densities")
     draw.add_argument("--output", type=Path, default=Path("results/densities.png"))
     timing = commands.add_parser("bench", help="time and memory of a training step")
-    timing.add_argument("--models", nargs="+", default=[*bench.SHAPES])
     timing.add_argument(
-        "--batch", type=int, help="by default 64, and 256 for ResNet-50"
+        "--models", nargs="+", choices=[*bench.SHAPES], default=[*bench.SHAPES]
     )
-    timing.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    timing.add_argument(
+        "--batch", type=positive, help="by default 64, and 256 for ResNet-50"
+    )
+    timing.add_argument(
+        "--steps", type=positive, default=5, help="steps that are timed"
+    )
     timing.add_argument("--bfloat16", action="store_true", help="compute in bfloat16")
     return parser.parse_args(argv)
 
 
 def run(args) -> None:
-    """Run recipes for all seeds, and print the table of those that are done."""
+    """Run recipes for all seeds, and print the accuracies of each."""
     options = Options(args.results, args.data, args.validate, args.bfloat16)
     for seed in range(args.seeds):
         for name in args.recipes:
             try:
                 accuracy = Experiment(RECIPES[name], seed, options).run()["accuracy"]
-            except FileNotFoundError as error:
+            except ERRORS as error:
                 raise SystemExit(f"error: {error}") from None
             scores = ", ".join(f"{key} {value:.2f}" for key, value in accuracy.items())
             print(f"{name}, seed {seed}: {scores}", flush=True)

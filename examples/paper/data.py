@@ -8,6 +8,7 @@ says what to do.
 
 import gzip
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Arrays:
         """Return the number of images."""
         return len(self.labels)
 
+    @property
+    def fingerprint(self) -> str:
+        """Return a checksum of the images, wherever they lie."""
+        return f"{zlib.crc32(np.ascontiguousarray(self.images)):08x}"
+
     def read(self, rows: np.ndarray, seed: int = 0):
         """Return images and labels of these rows; nothing here depends on the seed."""
         del seed
@@ -66,6 +72,7 @@ class Data(NamedTuple):
     mean: tuple[float, ...]  # of the channels, for images / 255
     std: tuple[float, ...]
     augmented: bool  # whether batches are shifted and mirrored at random
+    source: str = "made up"  # the folder they were read from
 
 
 def load(name: str, folder: str | Path | None = None, validate: bool = False) -> Data:
@@ -73,8 +80,9 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
 
     Args:
         name: one of `NAMES`.
-        folder: where idx files, or prepared data sets of tensorflow-datasets, lie.
-            By default the environment variable `GSM_DATA`, then the usual places.
+        folder: where idx files, or prepared data sets of tensorflow-datasets, lie; the
+            idx files in a subfolder of the data set's name, or directly. By default
+            that of the environment variable `GSM_DATA`, and the usual places.
         validate: whether to train on the first five sixths of the training set and to
             test on the rest of it. Settings are to be chosen that way.
 
@@ -84,6 +92,7 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
     Raises:
         ValueError: for an unknown name.
         FileNotFoundError: if the data are not there; the message says what to do.
+        ImportError: if the data are there, and tensorflow-datasets is not.
 
     Example:
         >>> load("digits").train.images.shape
@@ -91,14 +100,13 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
     """
     if name not in NAMES:
         raise ValueError(f"data {name!r} is unknown; there are {', '.join(NAMES)}.")
-    folder = folder or os.environ.get("GSM_DATA")
     if name == "digits":
-        train, test = digits()
+        train, test, source = digits()
     else:
-        train, test = from_idx(name, folder) or from_tfds(name, folder)
+        train, test, source = from_idx(name, folder) or from_tfds(name, folder)
     if validate:
         train, test = split(train)
-    return Data(train, test, *STATISTICS[name], augmented=name == "cifar10")
+    return Data(train, test, *STATISTICS[name], name == "cifar10", source)
 
 
 def split(train: Any) -> tuple[Arrays, Arrays]:
@@ -110,7 +118,7 @@ def split(train: Any) -> tuple[Arrays, Arrays]:
     return Arrays(*train.read(first)), Arrays(*train.read(last))
 
 
-def digits() -> tuple[Arrays, Arrays]:
+def digits() -> tuple[Arrays, Arrays, str]:
     """Return scikit-learn's 1,797 digits: 1,437 to train on, 360 to test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -121,25 +129,38 @@ def digits() -> tuple[Arrays, Arrays]:
     parts = train_test_split(
         images, labels, test_size=360, random_state=0, stratify=labels
     )
-    return Arrays(parts[0], parts[2]), Arrays(parts[1], parts[3])
+    return Arrays(parts[0], parts[2]), Arrays(parts[1], parts[3]), "scikit-learn"
 
 
 def from_idx(name: str, folder: str | Path | None):
-    """Return training and test set from idx files, or None where there are none."""
+    """Return training set, test set and folder of idx files; None if there are none."""
     for place in idx_folders(name, folder):
         found = [[find(place, file) for file in pair] for pair in IDX_FILES.values()]
         if all(path for pair in found for path in pair):
-            return tuple(
+            train, test = (
                 Arrays(read_idx(images)[..., None], read_idx(labels).astype(np.int32))
                 for images, labels in found
             )
+            return train, test, str(place)
     return None
 
 
 def idx_folders(name: str, folder: str | Path | None) -> list[Path]:
-    """Where to look for idx files."""
-    own = [Path(folder), Path(folder) / name] if folder else []
-    return [*own, *map(Path, IDX_FOLDERS.get(name, ()))]
+    """Where to look for idx files: in the folder that was named, and nowhere else."""
+    if name not in IDX_FOLDERS:
+        return []
+    named = folder or os.environ.get("GSM_DATA")
+    own = [Path(named) / name, Path(named)] if named else []
+    return own if folder else [*own, *map(Path, IDX_FOLDERS[name])]
+
+
+def tfds_folders(folder: str | Path | None) -> list[Path]:
+    """Where to look for prepared data sets, in the same way."""
+    if folder:
+        return [Path(folder).expanduser()]
+    named = [os.environ.get("GSM_DATA"), os.environ.get("TFDS_DATA_DIR")]
+    usual = [*filter(None, named), "~/tensorflow_datasets"]
+    return [Path(place).expanduser() for place in usual]
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -175,18 +196,32 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def from_tfds(name: str, folder: str | Path | None):
-    """Return training and test set of tensorflow-datasets, prepared before."""
-    place = Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    place, (builder, *splits) = place.expanduser(), TFDS[name]
+    """Return training set, test set and folder of what tensorflow-datasets prepared."""
+    builder, *splits = TFDS[name]
     # tensorflow-datasets itself would try to download for minutes: look first.
-    if not list((place / builder).glob("*/*.array_record*")):
-        raise FileNotFoundError(what_to_do(name, builder, place))
-    import tensorflow_datasets as tfds
-
-    sources = [tfds.data_source(builder, split=s, data_dir=place) for s in splits]
+    places = [
+        place
+        for place in tfds_folders(folder)
+        if list((place / builder).glob("*/*.array_record*"))
+    ]
+    if not places:
+        raise FileNotFoundError(what_to_do(name, builder, folder))
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"{name} lies in {places[0]}, but {error.name} is not installed: "
+            "pip install tensorflow-datasets array_record"
+        ) from error
+    train, test = (
+        tfds.data_source(builder, split=split, data_dir=places[0], download=False)
+        for split in splits
+    )
     if name == "imagenet":
-        return Stream(sources[0], random=True), Stream(sources[1], random=False)
-    return tuple(map(read_whole, sources))
+        train, test = Stream(train, random=True), Stream(test, random=False)
+    else:
+        train, test = read_whole(train), read_whole(test)
+    return train, test, str(places[0])
 
 
 def read_whole(source: Sequence[Any]) -> Arrays:
@@ -196,27 +231,29 @@ def read_whole(source: Sequence[Any]) -> Arrays:
     return Arrays(np.stack([record["image"] for record in records]), labels)
 
 
-def what_to_do(name: str, builder: str, place: Path) -> str:
+def what_to_do(name: str, builder: str, folder: str | Path | None) -> str:
     """Explain how to get a data set."""
+    places = tfds_folders(folder)
     lines = [f"{name} is not on this machine, and nothing is downloaded from here."]
     if name in IDX_FOLDERS:
         lines.append(
             f"Either put its four idx files (compressed or not) into a folder and name "
-            f"it with --data or GSM_DATA; looked in: {', '.join(IDX_FOLDERS[name])}."
+            f"it with --data or GSM_DATA; looked in: "
+            f"{', '.join(map(str, idx_folders(name, folder)))}."
         )
     if name == "fashion_mnist":
         lines.append("Debian and Ubuntu: apt install dataset-fashion-mnist.")
     lines.append(
         f"With tensorflow and tensorflow-datasets installed and a network, prepare it "
-        f"once (looked in: {place / builder}):\n"
+        f"once (looked in: {', '.join(str(place / builder) for place in places)}):\n"
         f'    python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{builder}', file_format='array_record')"
-        '.download_and_prepare()"'
+        f"tfds.builder('{builder}', data_dir='{places[0]}', "
+        "file_format='array_record').download_and_prepare()\""
     )
     if name == "imagenet":
         lines.append(
-            "ImageNet's two archives have to be in ~/tensorflow_datasets/downloads/"
-            "manual before; they need an account at image-net.org."
+            f"ImageNet's two archives have to be in {places[0] / 'downloads/manual'} "
+            "before; they need an account at image-net.org."
         )
     return "\n".join(lines)
 
@@ -232,6 +269,11 @@ class Stream:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what stands for the images: there are too many to read them."""
+        return f"{len(self)} images"
 
     def read(self, rows: np.ndarray, seed: int = 0):
         """Return images [rows, size, size, 3] and labels; crops depend on the seed."""

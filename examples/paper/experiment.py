@@ -1,18 +1,18 @@
 """Runs a recipe for a seed, phase by phase, and keeps the figures in a JSON file.
 
 Every phase is saved under a name made from everything it depends on, so that recipes
-share dense networks, and what was cut off goes on where it was.
+share dense networks, and what was cut off goes on where it was. What is complete is not
+run again.
 """
 
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.paper import methods
+from examples.paper import methods, records
 from examples.paper.data import Arrays, load
 from examples.paper.methods import Phase
 from examples.paper.models import create
@@ -73,18 +73,25 @@ class Experiment:
             recipe.model in LOOPED_ON_CPU or jax.default_backend() != "cpu"
         )
         self.task = Task(graph, data, recipe.batch, seed, looped)
-        parts = (recipe.model, recipe.data, recipe.batch, seed, dtype, options.validate)
+        fingerprint = data.train.fingerprint  # not its folder, which may move
+        parts = (recipe.model, recipe.data, fingerprint, recipe.batch, seed, dtype)
         self.initial = Network(params, stats, " ".join(map(str, parts)))
+        kind = (options.validate, options.bfloat16)
+        self.path = records.path_of(options.results, recipe.name, seed, *kind)
+        earlier = records.load(self.path, recipe) or {}
         self.record = {
-            "recipe": asdict(recipe),
+            "recipe": records.as_json(recipe),
             "seed": seed,
             "validate": options.validate,
             "bfloat16": options.bfloat16,
             "decay_budget": decay(recipe.gsm, self.task.steps_per_epoch),
+            "data": data.source,
             "accuracy": {},
-            "seconds": {},
+            "seconds": earlier.get("seconds", {}),
             **environment(),
         }
+        if earlier and records.complete(earlier, recipe):
+            self.record = earlier
 
     def train(self, label, optimizer, start, phase: Phase, *args, until=None):
         """Train from a network through a phase; `args` go to the optimizer."""
@@ -92,7 +99,9 @@ class Experiment:
         name = f"{start.name} > {label} {phase}"
         if optimizer in (methods.gsm, methods.gradual):
             name += f" {args}"  # the ratio; a mask is in the name of the start
-        digest = hashlib.sha256(f"{name} {until}".encode()).hexdigest()
+        if until is not None:
+            name += f" until {until}"
+        digest = hashlib.sha256(name.encode()).hexdigest()
         folder = self.options.results / "checkpoints" / digest[:16]
         whole, begin = not folder.exists(), time.monotonic()
         state = train(
@@ -115,22 +124,19 @@ class Experiment:
         self.record["accuracy"][label] = top1
         if self.recipe.data == "imagenet":
             self.record["accuracy"][f"{label}, top 5"] = top5
-        kind = "-validation" if self.options.validate else ""
-        name = f"{self.recipe.name}{kind}-seed{self.seed}.json"
-        path = self.options.results / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.record, indent=1, default=str))
+        records.write(self.path, self.record)
 
     def dense(self) -> Network:
         """The dense network, which recipes share."""
         return self.train("dense", methods.dense, self.initial, self.recipe.dense)
 
     def run(self) -> dict[str, Any]:
-        """Run all phases of the recipe; return the record."""
-        if self.recipe.tickets:
-            self.tickets()
-        else:
-            self.columns()
+        """Run the phases that are left; return the record, which has been written."""
+        if not records.complete(self.record, self.recipe):
+            if self.recipe.tickets:
+                self.tickets()
+            else:
+                self.columns()
         return self.record
 
     def columns(self) -> None:

@@ -6,18 +6,23 @@ import matplotlib
 import numpy as np
 
 from examples.paper.recipes import RECIPES
-from examples.paper.tables import read
+from examples.paper.records import read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+FEW = 6  # layers that there is room to name
 
-def draw(results: Path, output: Path) -> None:
+
+def draw(results: Path, output: Path) -> plt.Figure:
     """Draw one panel a recipe that has been run, mean and range of its seeds.
 
     Args:
         results: folder of the records.
         output: the figure, PNG.
+
+    Returns:
+        The figure, which has been saved.
     """
     records = read(results)
     names = [
@@ -36,14 +41,13 @@ def draw(results: Path, output: Path) -> None:
         sharey=True,
     )
     for axis, name in zip(axes[0], names, strict=True):
-        panel(
-            axis, RECIPES[name], [r["layers"] for r in records[name] if "layers" in r]
-        )
+        panel(axis, RECIPES[name], [record["layers"] for record in records[name]])
     axes[0, 0].set_ylabel("entries kept (%)")
     axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     print(f"figure: {output}")
+    return figure
 
 
 def panel(axis, recipe, runs) -> None:
@@ -53,14 +57,22 @@ def panel(axis, recipe, runs) -> None:
     )
     mean = density.mean(0)
     reach = [mean - density.min(0), density.max(0) - mean]
-    labels = [
-        f"{layer['path'].split('/')[0]}\n{layer['entries']:,}" for layer in runs[0]
-    ]
     bars = axis.bar(
-        labels, mean, yerr=reach, color="#56b4e9", edgecolor="black", capsize=3
+        np.arange(len(mean)),
+        mean,
+        yerr=reach,
+        color="#56b4e9",
+        edgecolor="black",
+        capsize=3,
     )
-    plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-    axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8, bbox=plain)
+    if len(mean) > FEW:
+        axis.set_xlabel("kernels, from the input on", fontsize=8)
+    else:
+        layers = [(x["path"].split("/")[0], x["entries"]) for x in runs[0]]
+        labels = [f"{name}\n{entries:,}" for name, entries in layers]
+        axis.set_xticks(np.arange(len(mean)), labels)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8, bbox=plain)
     whole = 100 / recipe.compression
     line = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 2}
     axis.axhline(whole, label="whole model", **line)

@@ -1,6 +1,5 @@
 """Tables over the results, in Markdown: means and spreads of all seeds."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,37 +7,32 @@ from typing import Any
 import numpy as np
 
 from examples.paper.recipes import RECIPES, Recipe
+from examples.paper.records import PRUNED, TICKETS, read
 
-COLUMNS = ("dense", "one-shot", "gradual", "GSM", "GSM pruned", "GSM tuned")
-STUDIED = ("GSM", "GSM pruned", "GSM tuned")
-TICKETS = (
-    "dense",
-    "magnitude, initial",
-    "magnitude, early",
-    "GSM, initial",
-    "GSM, early",
-)
+STUDIED = ("gradual", "GSM", "GSM pruned", "GSM tuned")
 
 
 def results_table(folder: Path) -> str:
     """All tables, of pruned networks, tickets and studies, and where they were made."""
-    records, validated = read(folder), read(folder, validate=True)
+    tested, validated = read(folder), read(folder, validate=True)
+    rounded = read(folder, bfloat16=True)
     recipes = [r for r in RECIPES.values() if not r.name.startswith("study-")]
     studies = [r for r in RECIPES.values() if r.name.startswith("study-")]
-    pruned = [r for r in recipes if not r.tickets]
-    tickets = [r for r in recipes if r.tickets]
     head = ["network, data", "compression", "epochs", "seeds"]
+
+    def table(columns, recipes):
+        rows = [row(r, tested.get(r.name, []), columns) for r in recipes]
+        for recipe in (r for r in recipes if r.name in rounded):
+            title, *cells = row(recipe, rounded[recipe.name], columns)
+            rows.append([f"{title}, bfloat16", *cells])
+        return markdown([*head, *columns, "paper"], rows)
+
     parts = [
-        "Top-1 test accuracy in %, mean ± standard deviation of the seeds.",
-        markdown(
-            [*head, *COLUMNS, "paper"],
-            [row(recipe, records.get(recipe.name, []), COLUMNS) for recipe in pruned],
-        ),
+        "Test accuracy in %, mean ± standard deviation of the seeds; of ImageNet both "
+        "top-1 and top-5.",
+        table(PRUNED, [r for r in recipes if not r.tickets]),
         "Winning tickets: survivors rewound to initial or early weights, retrained.",
-        markdown(
-            [*head, *TICKETS, "paper"],
-            [row(recipe, records.get(recipe.name, []), TICKETS) for recipe in tickets],
-        ),
+        table(TICKETS, [r for r in recipes if r.tickets]),
         "What matters, LeNet-300-100, 60x: accuracy on the last sixth of the training "
         "set, which is not trained on.",
         markdown(
@@ -47,22 +41,12 @@ def results_table(folder: Path) -> str:
         ),
         *machines(
             record
-            for found in (records, validated)
+            for found in (tested, rounded, validated)
             for of_one in found.values()
             for record in of_one
         ),
     ]
     return "\n\n".join(parts)
-
-
-def read(folder: Path, validate: bool = False) -> dict[str, list[dict[str, Any]]]:
-    """All records below the folder, by recipe: those of tests, or of validation."""
-    records: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(Path(folder).glob("*-seed*.json")):
-        record = json.loads(path.read_text())
-        if record["validate"] == validate:
-            records.setdefault(record["recipe"]["name"], []).append(record)
-    return records
 
 
 def study_row(recipe: Recipe, records: Sequence[dict[str, Any]]) -> list[str]:
@@ -75,11 +59,14 @@ def study_row(recipe: Recipe, records: Sequence[dict[str, Any]]) -> list[str]:
 def row(recipe: Recipe, records: Sequence[dict[str, Any]], columns: Sequence[str]):
     """Cells of a recipe; those of columns that have not been run are dashes."""
     accuracies = [record["accuracy"] for record in records]
-    cells = [
-        spread([accuracy[name] for accuracy in accuracies if name in accuracy])
-        for name in columns
-    ]
-    paper = " → ".join(f"{value:.2f}" for value in recipe.paper) or "-"
+
+    def cell(name):
+        return spread([scores[name] for scores in accuracies if name in scores])
+
+    cells = [cell(name) for name in columns]
+    if recipe.data == "imagenet" and records:
+        cells = [f"{cell(name)} / {cell(f'{name}, top 5')}" for name in columns]
+    paper = recipe.paper or "-"
     if recipe.paper and recipe.data == "fashion_mnist":
         paper += " (MNIST)"
     seeds = str(len(records)) if records else "not run"

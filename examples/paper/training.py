@@ -115,8 +115,7 @@ def train(
             for order, first, stop in chunks(task, int(state.step), last):
                 state, accuracy = run(state, order, first, stop)
                 bar.update(stop - first)
-                if stop % task.steps_per_epoch == 0:
-                    bar.set_postfix_str(describe(accuracy, state.params), refresh=False)
+                bar.set_postfix_str(describe(accuracy, state.params), refresh=False)
                 if stop < last and time.monotonic() - saved > SAVE_EVERY:
                     save(checkpoints, state)
                     saved = time.monotonic()
@@ -265,9 +264,14 @@ def evaluate(task: Task, params: Any, stats: Any, batch: int = 1000) -> list[flo
 
 @functools.partial(jax.jit, static_argnames="graph")
 def count_hits(graph: Any, params: Any, stats: Any, images, labels):
-    """How many labels are the greatest logit, and among the five greatest."""
+    """How many labels are the greatest logit, and among the five greatest.
+
+    Of tied logits the label is the last, and NaN is a miss: nothing is won by a network
+    whose answers are all the same.
+    """
     model = nnx.merge(graph, params, stats)
     model.eval()
     logits = model(images)
-    above = (logits > jnp.take_along_axis(logits, labels[:, None], 1)).sum(1)
+    own = jnp.take_along_axis(logits, labels[:, None], 1)
+    above = (~(logits < own)).sum(1) - 1  # the others that are not less
     return (above < 1).sum(), (above < 5).sum()

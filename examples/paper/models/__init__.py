@@ -1,4 +1,4 @@
-"""The networks of the paper, one file each: `create(name, rngs)` makes one."""
+"""The networks of the paper, one file each: `create(name, seed)` makes one."""
 
 from collections.abc import Callable
 from typing import Any
