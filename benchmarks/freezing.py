@@ -4,9 +4,10 @@
     python benchmarks/freezing.py --quick       # smaller, three rounds: does it run?
 
 The whole step is timed: forward, backward without the frozen front
-(`stop_frozen_gradients`), and `freeze_blocks` around `gsm_sgd`. FLOPs are those of the
-compiled program's cost analysis. Freezing pays off if the time falls as the FLOPs do:
-the aim is to save at least 80 % of the time that the FLOPs promise.
+(`stop_frozen_gradients`), and `freeze_blocks` around `gsm_sgd`; the first row is
+`gsm_sgd` by itself, against which all others save. FLOPs are those of the compiled
+program's cost analysis. Freezing pays off if the time falls as the FLOPs do: the aim is
+to save at least 80 % of the time that the FLOPs promise.
 Prints a table, writes `freezing.json` and `freezing.png`.
 """
 
@@ -39,22 +40,27 @@ HEAD = ["frozen", "ms", "q1 - q3", "GFLOPs", "FLOPs saved", "time saved", "of FL
 
 
 class Trainer:
-    """A network in training, with so many blocks frozen: compiled, at work."""
+    """A network in training, with so many blocks frozen: compiled, at work.
+
+    None is a training without `freeze_blocks`.
+    """
 
     repetitions = None
 
-    def __init__(self, net: str, num_frozen: int, batch: int):
+    def __init__(self, net: str, num_frozen: int | None, batch: int):
         """Compile the step, which donates all but the data."""
-        self.name = str(num_frozen)
+        self.name = "alone" if num_frozen is None else str(num_frozen)
         blocks, shape, _ = NETS[net]
         model = create(net, common.SEED)
         # Traced in the optimizer, as in a run: it is not compiled in as a constant.
-        schedule = single_shot(0 if num_frozen else 10**9, 1, max(num_frozen, 1))
-        tx = freeze_blocks(common.gsm(), schedule, blocks)
+        schedule = single_shot(0 if num_frozen else 10**9, 1, num_frozen or 1)
+        tx = common.gsm()
+        if num_frozen is not None:
+            tx = freeze_blocks(tx, schedule, blocks)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params, rest, images, labels):
-            params = stop_frozen_gradients(params, num_frozen, blocks)
+            params = stop_frozen_gradients(params, num_frozen or 0, blocks)
             model = nnx.merge(graph, params, rest, copy=True)
             values = optax.softmax_cross_entropy_with_integer_labels(
                 model(images), labels
@@ -85,7 +91,7 @@ class Trainer:
 def measure(net, batch, rounds):
     """Time all numbers of frozen blocks in turn; return one record each."""
     _, shape, numbers = NETS[net]
-    trainers = [Trainer(net, number, batch) for number in numbers]
+    trainers = [Trainer(net, number, batch) for number in (None, *numbers)]
 
     def data(i):
         rng = np.random.default_rng(i)
@@ -93,7 +99,7 @@ def measure(net, batch, rounds):
         return jnp.asarray(images), jnp.asarray(rng.integers(10, size=batch), jnp.int32)
 
     seconds = common.interleave(trainers, data, rounds, net)
-    whole_time, whole_flops = np.median(seconds["0"]), trainers[0].flops
+    whole_time, whole_flops = np.median(seconds["alone"]), trainers[0].flops
     return [
         {
             "frozen": trainer.name,
@@ -115,7 +121,7 @@ def row_of(record):
         f"{record['gflops']:.3f}",
         f"{flops:.1%}",
         f"{taken:.1%}",
-        f"{taken / flops:.0%}" if flops else "",
+        f"{taken / flops:.0%}" if flops > 0 else "",
     ]
 
 

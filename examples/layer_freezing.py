@@ -5,13 +5,16 @@
 
 A network of five layers is trained with GSM from its initialisation. First it is
 compared, epoch by epoch and layer by layer, with what it becomes: activations by linear
-CKA, places of the largest weights by structural similarity, at four sparsities. Then
+CKA, places of the largest weights by structural similarity, at four sparsities (one
+seed; activations as they are in training, weights cut to the sparsity). Then
 its leading layers are frozen by the four schemes of Yuan et al. (2022), tuned to save
 the same FLOPs. Prints the accuracies, and writes two figures and a JSON file.
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -91,13 +94,13 @@ class Trainer:
         self.steps = self.epochs * self.epoch_steps
 
     def costs(self):
-        """Multiplications of every layer, forward and backward.
+        """Multiplications of every layer: forward, and backward with it in front.
 
-        Backward there are two products a layer, but the images need no gradient.
+        Backward that is the gradient of its weights, and of what the next layer takes.
         """
         forward = np.multiply((self.x.shape[1], *WIDTHS[:-1]), WIDTHS)
-        times = np.array([1, *[2] * (len(WIDTHS) - 1)])
-        return {"forward": forward.tolist(), "backward": (forward * times).tolist()}
+        backward = forward + np.append(forward[1:], 0)
+        return {"forward": forward.tolist(), "backward": backward.tolist()}
 
     def run(self, seed, ratio, schedule=lambda step: 0 * step):
         """Train from a seed; yield the parameters after every epoch."""
@@ -147,8 +150,6 @@ def train_epoch(params, state, x, y, rows, ratio, frozen):
 def similarities(trainer, ratio, seed=0):
     """CKA and structural similarity with the final network: [epoch, layer] each."""
     history = list(trainer.run(seed, ratio))
-    if ratio:  # the smallest weights are on their way out: compare what is kept
-        history = [apply_mask(p, magnitude_mask(p, ratio)) for p in history]
     inputs = trainer.test_x[:2000]
     layers = jax.jit(lambda params: activations(params, inputs))
     cka, final = jax.jit(linear_cka), layers(history[-1])
@@ -156,6 +157,8 @@ def similarities(trainer, ratio, seed=0):
         [float(cka(a, b)) for a, b in zip(layers(params), final, strict=True)]
         for params in history
     ]
+    if ratio:  # the smallest weights are on their way out: compare what is kept
+        history = [apply_mask(p, magnitude_mask(p, ratio)) for p in history]
     kernels = lambda params: [params[name]["kernel"] for name in LAYERS]
     places = jax.jit(structural_similarity)
     placed = [
@@ -211,32 +214,32 @@ def compare(trainer, seeds, ratio=0.9):
 
 
 def spread(records, scheme, column="accuracy"):
-    """Savings of a scheme, means and standard deviations of its accuracies."""
+    """Savings of a scheme, means and standard deviations (0 of one) of accuracies."""
     runs = [r for r in records if r["scheme"] == scheme]
     levels = sorted({r["level"] for r in runs})
     of_level = lambda key: np.array(
         [[r[key] for r in runs if r["level"] == level] for level in levels]
     )
     accuracies = of_level(column)
-    return of_level("saving").mean(1), accuracies.mean(1), accuracies.std(1)
+    stds = accuracies.std(1, ddof=min(1, accuracies.shape[1] - 1))
+    return of_level("saving").mean(1), accuracies.mean(1), stds
 
 
 def print_table(name, records):
-    """One row a scheme, one column a saving, in Markdown."""
+    """One row a scheme, one column a saving, in Markdown: accuracy, what is saved."""
     _, (mean,), (std,) = spread(records, "none")
     _, (before,), _ = spread(records, "none", "before pruning")
     savings = spread(records, "periodic")[0]
-    print(f"\n{name}, nothing frozen: {mean:.2f} ± {std:.2f} (unpruned {before:.2f})\n")
+    print(f"\n{name}, nothing frozen: {mean:.2f} ± {std:.2f}, unpruned {before:.2f}\n")
     print("| | " + " | ".join(f"{saving:.0%}" for saving in savings) + " |")
     print("|---|" + "---:|" * len(savings))
     for scheme in SCHEMES:
-        _, means, stds = spread(records, scheme)
+        savings, means, stds = spread(records, scheme)
         _, before, _ = spread(records, scheme, "before pruning")
-        cells = [
-            f"{m:.2f} ± {s:.2f} ({b:.2f})"
-            for m, s, b in zip(means, stds, before, strict=True)
-        ]
+        rows = zip(savings, means, stds, before, strict=True)
+        cells = [f"{m:.2f} ± {s:.2f} ({b:.2f}; {x:.1%})" for x, m, s, b in rows]
         print(f"| {scheme} | " + " | ".join(cells) + " |")
+    print("\nTest accuracy in %, pruned (in brackets unpruned; training FLOPs saved).")
 
 
 def draw_similarities(results):
@@ -323,6 +326,9 @@ def main(argv=None):
         results[trainer.name] = {"similarity": similarity, "schemes": records}
         print_table(trainer.name, records)
     (args.output / "layer_freezing.json").write_text(json.dumps(results, indent=1))
+    versions = (f"{p} {importlib.metadata.version(p)}" for p in ("jax", "optax"))
+    machine = f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}"
+    print(", ".join(["\n" + machine, *versions]))
     draw_similarities(results).savefig(args.output / "layers_settle.png", dpi=80)
     draw_schemes(results).savefig(args.output / "freezing_schemes.png", dpi=90)
     print(f"\nfigures: {args.output}")

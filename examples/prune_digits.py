@@ -146,7 +146,10 @@ def print_table(results):
     for seed, scores in enumerate(results):
         print(f"{f'seed {seed}':18}" + "".join(f"{v:12.2f}" for v in scores.values()))
     columns = np.array([list(scores.values()) for scores in results])
-    for name, row in (("mean", columns.mean(0)), ("std", columns.std(0))):
+    for name, row in (
+        ("mean", columns.mean(0)),
+        ("std", columns.std(0, ddof=min(1, len(columns) - 1))),
+    ):
         print(f"{name:18}" + "".join(f"{value:12.2f}" for value in row))
 
 

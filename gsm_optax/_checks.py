@@ -61,9 +61,11 @@ def check_weight_decay(weight_decay: Any) -> None:
         )
 
 
-def check_count(name: str, value: Any, least: int, meaning: str) -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least `least`."""
-    if not (is_static(value) and least <= value < math.inf and value == int(value)):
+def check_count(name: str, value: Any, least: int, meaning: str) -> int:
+    """Return `value`; `ValueError` unless it is a whole number of `least` or more."""
+    if not (is_static(value) and least <= value < 2**31 and value == int(value)):
         raise ValueError(
-            f"{name}={value!r} must be a whole number of {least} or more: {meaning}."
+            f"{name}={value!r} must be a whole number of {least} or more, below 2**31: "
+            f"{meaning}."
         )
+    return int(value)

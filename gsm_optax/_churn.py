@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gsm_optax._counting import NAN_KEY, WORD, count, num_entries, order_key
+from gsm_optax._counting import NAN_KEY, count, num_entries, order_key
 from gsm_optax._importance import (
     Importance,
     Prunable,
@@ -18,7 +18,7 @@ from gsm_optax._importance import (
     taylor_importance,
 )
 from gsm_optax._masking import MaskByImportanceState
-from gsm_optax._selection import count_dtype
+from gsm_optax._selection import count_dtype, to_count
 
 
 class TrackChurnState(NamedTuple):
@@ -171,9 +171,7 @@ def _num_different(before: Any, after: Any, axis_name: Any) -> jax.Array:
     # alone is far slower: see _counting.
     words = count(_different, pairs, jnp.array([1, NAN_KEY], jnp.int32), axis_name)
     high, low = (jnp.sum(word, dtype=jnp.int32) for word in words)
-    if count_dtype(num_entries(pairs, axis_name)) == jnp.int32:
-        return (high << WORD) + low
-    return high.astype(jnp.float32) * 2**WORD + low.astype(jnp.float32)
+    return to_count((high, low), num_entries(pairs, axis_name))
 
 
 def _different(before: jax.Array, after: jax.Array) -> jax.Array:

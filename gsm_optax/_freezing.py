@@ -25,7 +25,7 @@ class FreezeBlocksState(NamedTuple):
 def freeze_blocks(
     inner: optax.GradientTransformation, schedule: FreezingSchedule, block_of: Blocks
 ) -> optax.GradientTransformationExtraArgs:
-    """Freeze as many leading blocks as the schedule says, whatever the optimizer.
+    """Freeze as many leading blocks as the schedule says, around any optimizer.
 
     Block i is frozen at step t if `i < schedule(t)`. For as long as that lasts
 
@@ -39,7 +39,12 @@ def freeze_blocks(
       choice runs over the blocks that train, and the ratio is of their entries.
 
     Frozen gradients may be anything, NaN too. They can be left out of the backward pass
-    altogether, which is what saves time: see `stop_frozen_gradients`.
+    altogether, which is what saves time: see `stop_frozen_gradients`. This here costs a
+    pass over gradients, updates and what the optimizer holds.
+
+    Under `gsm` nothing decays while it is frozen, so the decay budget of a block ends
+    with its training: to be pruned without loss it needs `decay_budget(..., steps)`
+    of the steps in which it is trained.
 
     It goes around everything that holds momentum or decays, another `freeze_blocks` as
     well: what either freezes is frozen. What watches `gsm`, such as `track_churn`, goes
@@ -47,7 +52,8 @@ def freeze_blocks(
     blocks changes.
 
     Args:
-        inner: any optax optimizer or chain.
+        inner: an optax optimizer or chain whose state can be told apart by parameter:
+            not `optax.flatten` or `optax.sm3`.
         schedule: from the step, a traced int32 scalar, to the number of leading blocks
             frozen: `single_shot`, `periodic`, or a function of one's own.
         block_of: which block a parameter is in, by its path as `sparsity_report` names
@@ -60,7 +66,8 @@ def freeze_blocks(
 
     Raises:
         ValueError: if `schedule` is no function; from `init` if a parameter has no
-            block, or if a prefix matches none.
+            block, if a prefix matches none, or if `inner` holds what belongs to no
+            single parameter.
 
     Example:
         The first layer is trained for two steps:
@@ -92,7 +99,9 @@ def freeze_blocks(
 
     def init_fn(params: Any) -> Any:
         _check_fit(block_of, params)
-        return FreezeBlocksState(jnp.zeros((), jnp.int32), tx.init(params))
+        inner_state = tx.init(params)
+        _check_state(tx, inner_state, _blocks(block_of, params))
+        return FreezeBlocksState(jnp.zeros((), jnp.int32), inner_state)
 
     def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
         num_frozen = jnp.asarray(schedule(state.step), jnp.int32)
@@ -101,7 +110,9 @@ def freeze_blocks(
         if trainable is None:
             trainable = unfrozen
         else:  # frozen by another `freeze_blocks`, around this one
-            trainable = jax.tree.map(jnp.logical_and, trainable, unfrozen)
+            trainable = jax.tree.map(
+                _both, unfrozen, trainable, is_leaf=_is_masked_node
+            )
         grads = jax.tree.map(_or_zero, trainable, updates)
         updates, inner_state = tx.update(
             grads, state.inner_state, params, trainable=trainable, **extra_args
@@ -123,7 +134,10 @@ def stop_frozen_gradients(params: Any, num_frozen: int, block_of: Blocks) -> Any
 
     The number of frozen blocks shapes the program, so it must be static: a step is
     compiled once for every number that occurs, not once a step. The schedule is asked
-    on the host for the same steps that `freeze_blocks` counts.
+    on the host for the same steps that `freeze_blocks` counts, and for all of them
+    before the run: asked step by step it would wait for the device. (Where a wrapper
+    around `freeze_blocks` leaves steps out, as `optax.MultiSteps` does, the host has to
+    count as it does: see `FreezeBlocksState.step`.)
 
     Args:
         params: pytree of arrays, as `freeze_blocks` sees it.
@@ -152,8 +166,8 @@ def stop_frozen_gradients(params: Any, num_frozen: int, block_of: Blocks) -> Any
         ...     return optax.apply_updates(params, updates), state
         >>> params, x = {"first": jnp.eye(3), "last": jnp.ones(3)}, jnp.ones((2, 3))
         >>> state = tx.init(params)
-        >>> for step in range(4):
-        ...     params, state = train_step(params, state, x, int(schedule(step)))
+        >>> for num_frozen in schedule(jnp.arange(4)).tolist():
+        ...     params, state = train_step(params, state, x, num_frozen)
         >>> train_step._cache_size()  # compiled for 0 and for 1 frozen block
         2
     """
@@ -161,7 +175,7 @@ def stop_frozen_gradients(params: Any, num_frozen: int, block_of: Blocks) -> Any
         raise ValueError(
             f"num_frozen={num_frozen!r} must be a Python int of 0 or more, because the "
             "program depends on it: jax.jit(step, static_argnames='num_frozen'), "
-            "called with num_frozen=int(schedule(step))."
+            "called with one of schedule(jnp.arange(steps)).tolist()."
         )
     _check_block_of(block_of)
     _check_fit(block_of, params)
@@ -176,7 +190,7 @@ def _hold(tx: Any, trainable: Any, new: Any, old: Any) -> Any:
     """The new state, but the old one where it belongs to frozen parameters."""
 
     def flag_of(value, flag):
-        return value if isinstance(value, optax.MaskedNode) else flag
+        return value if _is_masked_node(value) else flag
 
     # A tree like the state, with the flag of the parameter in place of what is held
     # for it, and True in place of everything else.
@@ -186,11 +200,34 @@ def _hold(tx: Any, trainable: Any, new: Any, old: Any) -> Any:
         new,
         trainable,
         transform_non_params=lambda _: True,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        is_leaf=_is_masked_node,
     )
     return jax.tree.map(
         lambda flag, a, b: a if flag is True else jnp.where(flag, a, b), flags, new, old
     )
+
+
+def _check_state(tx: Any, state: Any, blocks: Any) -> None:
+    """Raise `ValueError` unless `_hold` can find its way in the state."""
+    flags = jax.tree.map(lambda _: jnp.ones((), bool), blocks)
+    try:
+        jax.eval_shape(lambda state: _hold(tx, flags, state, state), state)
+    except Exception as error:
+        raise ValueError(
+            "freeze_blocks cannot tell which part of the state of `inner` belongs to "
+            "which parameter, as with optax.flatten or optax.sm3: use another "
+            f"optimizer, or leave that wrapper out. ({error})"
+        ) from error
+
+
+def _both(unfrozen: Any, trainable: Any) -> Any:
+    if _is_masked_node(unfrozen):  # optax.masked, between the two, took it out
+        return unfrozen
+    return jnp.logical_and(unfrozen, trainable)
+
+
+def _is_masked_node(value: Any) -> bool:
+    return isinstance(value, optax.MaskedNode)
 
 
 def _or_zero(flag: Any, leaf: Any) -> Any:
@@ -228,7 +265,8 @@ def _is_index(value: Any) -> bool:
 def _check_block_of(block_of: Any) -> None:
     if callable(block_of):
         return
-    prefixes = [] if isinstance(block_of, str) else list(block_of)
+    several = isinstance(block_of, Sequence) and not isinstance(block_of, str)
+    prefixes = list(block_of) if several else []
     strings = all(isinstance(prefix, str) for prefix in prefixes)
     if not prefixes or not strings or len(set(prefixes)) < len(prefixes):
         raise ValueError(

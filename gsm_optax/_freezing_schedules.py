@@ -50,15 +50,16 @@ def single_shot(start: int, interval: int, blocks: int) -> FreezingSchedule:
         >>> single_shot(start=4, interval=2, blocks=3)(jnp.arange(12)).tolist()
         [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     """
-    check_count("start", start, 0, "the step from which the first block is frozen")
-    check_count("interval", interval, 1, "steps from one block to the next")
-    check_count("blocks", blocks, 1, "how many blocks are frozen in the end")
+    start = check_count(
+        "start", start, 0, "the step from which the first block is frozen"
+    )
+    interval = check_count("interval", interval, 1, "steps from one block to the next")
+    blocks = check_count("blocks", blocks, 1, "how many blocks are frozen in the end")
 
     def schedule(step: Any) -> jax.Array:
         since = jnp.asarray(step, jnp.int32) - np.int32(start)
         # Rounded down: less than one interval ahead of the start this is -1 + 1.
-        begun = since // np.int32(interval) + 1
-        return jnp.clip(begun, 0, blocks)
+        return jnp.clip(since // np.int32(interval), -1, blocks - 1) + 1
 
     return schedule
 
@@ -97,8 +98,10 @@ def single_shot_resume(
         >>> schedule(jnp.arange(12)).tolist()
         [0, 1, 1, 2, 2, 3, 3, 3, 3, 0, 0, 0]
     """
-    check_count("steps", steps, 1, "steps of the whole run")
-    check_count("resume", resume, 0, "steps at the end in which nothing is frozen")
+    steps = check_count("steps", steps, 1, "steps of the whole run")
+    resume = check_count(
+        "resume", resume, 0, "steps at the end in which nothing is frozen"
+    )
     frozen = single_shot(start, interval, blocks)
     if not resume <= start < steps:
         raise ValueError(
@@ -142,7 +145,9 @@ def periodic(periods: Sequence[int], interval: int) -> FreezingSchedule:
         >>> periodic(periods=(4, 2, 1), interval=1)(jnp.arange(12)).tolist()
         [0, 2, 1, 2, 0, 2, 1, 2, 0, 2, 1, 2]
     """
-    check_count("interval", interval, 1, "steps of a stretch, an epoch for example")
+    interval = check_count(
+        "interval", interval, 1, "steps of a stretch, an epoch for example"
+    )
     _check_periods(periods)
     blocks_with = Counter(map(int, periods))
 
@@ -180,7 +185,7 @@ def delayed_periodic(
         >>> delayed_periodic(5, periods=(4, 2, 1), interval=1)(jnp.arange(12)).tolist()
         [0, 0, 0, 0, 0, 0, 2, 1, 2, 0, 2, 1]
     """
-    check_count("delay", delay, 0, "steps before the first period")
+    delay = check_count("delay", delay, 0, "steps before the first period")
     frozen = periodic(periods, interval)
     # Step 0 of the periods trains everything, and so do all steps before it.
     return lambda step: frozen(
@@ -202,16 +207,20 @@ def freezing_saving(
     .. math::
         \frac{\sum_{t < steps} \sum_{i < k(t)} b_i}{steps \cdot \sum_i (f_i + b_i)}
 
-    because the forward pass always runs, and a frozen block needs no backward pass. It
-    counts a little less than is saved: the first trained block does not need the
-    gradient of its input either.
+    because the forward pass always runs, and a frozen block needs no backward pass.
+
+    What freezing a block takes out of the backward pass is the gradient of its weights,
+    and that of its *output*, which is the gradient of the next block's input; so the
+    latter belongs to this block's cost. Where nothing else is known, let each of the
+    two cost what the forward pass does: :math:`b_i = f_i + f_{i+1}`, and :math:`f_i`
+    for the last block.
 
     Args:
         schedule: from the step to the number of leading blocks frozen.
         steps: steps of the whole run.
         forward: cost of the forward pass of every block, in any unit: FLOPs, seconds.
-        backward: cost of the backward pass of every block, in the same unit. Where
-            nothing is known, twice the forward cost is a good guess.
+        backward: cost of the backward pass that ends with every block frozen in turn,
+            in the same unit: of its weights' gradient, and its output's.
 
     Returns:
         A fraction in [0, 1).
@@ -223,12 +232,12 @@ def freezing_saving(
     Example:
         >>> from gsm_optax import freezing_saving, single_shot
         >>> schedule = single_shot(start=60, interval=10, blocks=2)
-        >>> freezing_saving(schedule, 100, forward=[1, 1, 1], backward=[2, 2, 2])
-        0.15...
+        >>> freezing_saving(schedule, 100, forward=[1, 1, 1], backward=[2, 2, 1])
+        0.17...
     """
-    check_count("steps", steps, 1, "steps of the whole run")
+    steps = check_count("steps", steps, 1, "steps of the whole run")
     costs, total = _check_costs(forward, backward)
-    frozen = np.asarray(schedule(jnp.arange(steps, dtype=jnp.int32)))
+    frozen = np.asarray(jax.vmap(schedule)(jnp.arange(steps, dtype=jnp.int32)), int)
     if frozen.min() < 0 or frozen.max() > len(costs):
         raise ValueError(
             f"the schedule freezes {frozen.min()} to {frozen.max()} blocks, but costs "
@@ -255,8 +264,8 @@ def single_shot_start(
         steps: steps of the whole run.
         interval: steps from one block to the next.
         blocks: how many blocks are frozen in the end.
-        forward: cost of the forward pass of every block.
-        backward: cost of the backward pass of every block.
+        forward: cost of the forward pass of every block, as in `freezing_saving`.
+        backward: cost of the backward pass of every block, as there.
 
     Returns:
         The `start` of `single_shot`; and of `single_shot_resume`, which saves the same.
@@ -267,19 +276,20 @@ def single_shot_start(
 
     Example:
         >>> from gsm_optax import single_shot_start
-        >>> costs = {"forward": [1, 1, 1], "backward": [2, 2, 2]}
+        >>> costs = {"forward": [1, 1, 1], "backward": [2, 2, 1]}
         >>> single_shot_start(0.15, 100, interval=10, blocks=2, **costs)
-        61
+        65
     """
     single_shot(0, interval, blocks)  # checks both
-    check_count("steps", steps, 1, "steps of the whole run")
+    interval, blocks = int(interval), int(blocks)
+    steps = check_count("steps", steps, 1, "steps of the whole run")
     costs, total = _check_costs(forward, backward)
     if blocks > len(costs):
         raise ValueError(
             f"blocks={blocks} are to be frozen, but costs are given for "
             f"{len(costs)}: give every block its cost, or freeze fewer."
         )
-    later = np.arange(blocks, dtype=np.int64) * int(interval)
+    later = np.arange(blocks, dtype=np.int64) * interval
 
     def saved(start: int) -> float:
         frozen_for = np.maximum(steps - start - later, 0)
@@ -300,9 +310,9 @@ def single_shot_start(
 
 
 def _check_periods(periods: Any) -> None:
-    whole = all(isinstance(p, int | np.integer) and p >= 1 for p in periods)
     if (
-        not whole
+        not isinstance(periods, Sequence | np.ndarray)
+        or not all(isinstance(p, int | np.integer) and p >= 1 for p in periods)
         or not len(periods)
         or periods[-1] != 1
         or any(p & (p - 1) for p in periods)

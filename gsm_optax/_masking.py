@@ -198,7 +198,7 @@ def _choose_among(score, data, parts, ratio, start, axis_name):
         [jnp.where(part, np.int32(word), 0) for word in to_words(size)]
         for part, size in zip(parts, sizes, strict=True)
     ]
-    total = carry(*(sum(column) for column in zip(*words, strict=True)))
+    total = carry(*(sum(column) for column in zip((0, 0), *words, strict=True)))
     kept = num_kept_of_part(ratio, total)
     # One bool per entry, because the leaves of a search are of equal shapes.
     triples = [

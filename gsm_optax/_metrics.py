@@ -43,6 +43,7 @@ def metrics(
     ========================= ========================================================
 
     `gsm/near_zero` is to reach the ratio before `gsm/decay_budget_left` reaches 0.
+    Entries that are frozen (`freeze_blocks`) are neither active nor do they decay.
 
     Args:
         params: pytree of arrays, sharded or not; under flax nnx,

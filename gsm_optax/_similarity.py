@@ -48,7 +48,7 @@ class LinearCKA(NamedTuple):
         Raises:
             ValueError: for other shapes.
         """
-        _check_rows(x, y)
+        x, y = _rows(x, y)
         if x.shape[1:] != self.mean_x.shape or y.shape[1:] != self.mean_y.shape:
             raise ValueError(
                 f"x has {x.shape[1]} and y {y.shape[1]} features, but this was started "
@@ -100,8 +100,8 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
         y: activations of the other on the same inputs, shape (n, q).
 
     Returns:
-        A float32 scalar in [0, 1]; NaN if all features of one of them are constant,
-        because then there is nothing to align.
+        A float32 scalar in [0, 1], but for rounding; NaN if all features of one of them
+        are constant, because then there is nothing to align.
 
     Raises:
         ValueError: if they are not matrices with the same number of rows.
@@ -119,7 +119,7 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
         Kornblith et al., *Similarity of Neural Network Representations Revisited*,
         ICML 2019, https://arxiv.org/abs/1905.00414
     """
-    _check_rows(x, y)
+    x, y = _rows(x, y)
     if len(x) >= max(x.shape[1], y.shape[1]):
         return LinearCKA.start(x.shape[1], y.shape[1]).update(x, y).value()
     # With fewer examples than features the n × n products are smaller, and since
@@ -160,7 +160,8 @@ def mask_overlap(a: Any, b: Any) -> jax.Array:
             f"the masks have different structures: {jax.tree.structure(a)} and "
             f"{jax.tree.structure(b)}."
         )
-    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    leaves = (map(jnp.asarray, jax.tree.leaves(tree)) for tree in (a, b))
+    pairs = list(zip(*leaves, strict=True))
     for x, y in pairs:
         if x.shape != y.shape or x.dtype != bool or y.dtype != bool:
             raise ValueError(
@@ -213,8 +214,10 @@ def _number(mask: jax.Array) -> jax.Array:
     return jnp.count_nonzero(mask).astype(jnp.float32)
 
 
-def _check_rows(x: jax.Array, y: jax.Array) -> None:
-    shapes = jnp.shape(x), jnp.shape(y)
+def _rows(x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+    """Return both as float32 matrices of equally many rows, or raise `ValueError`."""
+    x, y = (jnp.asarray(a).astype(jnp.float32) for a in (x, y))
+    shapes = x.shape, y.shape
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
         raise ValueError(
             f"x{list(shapes[0])} and y{list(shapes[1])} must be matrices with a row "
@@ -222,11 +225,11 @@ def _check_rows(x: jax.Array, y: jax.Array) -> None:
         )
     if 0 in shapes[0] + shapes[1]:
         raise ValueError(f"x{list(shapes[0])} or y{list(shapes[1])} is empty.")
+    return x, y
 
 
 def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the rows minus their mean, and the mean; constants become exactly zero."""
-    x = jnp.asarray(x).astype(jnp.float32)
     shifted = x - x[:1]
     mean = jnp.mean(shifted, 0, keepdims=True)
     return shifted - mean, (x[:1] + mean)[0]

@@ -12,6 +12,8 @@ shows the figures by itself. Needs matplotlib: `pip install "gsm_optax[plot]"`.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._freezing_schedules import FreezingSchedule
@@ -73,7 +75,8 @@ def near_zero(records: Records, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes: in percent, entries below 1e-4 as a line, and passive ones dashed.
-        Pruning is lossless once the line has come to the dashes.
+        Pruning is lossless once the line has come to the dashes. (Of frozen blocks all
+        entries count as passive, and none decays.)
     """
     ax, steps = _axes(ax, records), _column(records, "step")
     near = 100 * _column(records, "gsm/near_zero")
@@ -224,7 +227,7 @@ def frozen_blocks(
     figure = plt.figure(figsize=(7.5, 0.5 + 1.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, (name, schedule) in zip(axes, schedules.items(), strict=False):
-        frozen = np.array([int(schedule(step)) for step in range(steps)])
+        frozen = np.asarray(jax.vmap(schedule)(jnp.arange(steps, dtype=jnp.int32)))
         edges = np.append(frozen, frozen[-1])
         ax.fill_between(range(steps + 1), edges, step="post", color=BLUE, linewidth=0)
         ax.hlines(range(1, blocks), 0, steps, color=GREY, linewidth=0.4)

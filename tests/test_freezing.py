@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -554,6 +555,136 @@ def test_nested_it_freezes_what_either_freezes():
     single = freeze_blocks(inner, both, BLOCKS)
     for got, expected in zip(run(nested, range(6)), run(single, range(6)), strict=True):
         assert_same(got[0], expected[0])
+
+
+@pytest.mark.parametrize("subtree", [True, False])
+def test_nested_with_a_part_masked_out_between(subtree):
+    part = {"first": True, "middle": True, "last": False}
+    if not subtree:
+        part = {name: {"kernel": flag, "bias": flag} for name, flag in part.items()}
+    inner = optax.masked(freeze_blocks(gsm_sgd(0.1, 0.5), lambda _: 1, BLOCKS), part)
+    tx = freeze_blocks(inner, given_by([0, 2]), BLOCKS)
+    with pytest.raises(ValueError, match="names 'last', which no parameter is in"):
+        tx.init(draw(0))
+    inner = freeze_blocks(gsm_sgd(0.1, 0.5), lambda step: 1 + 0 * step, BLOCKS[:2])
+    tx = freeze_blocks(optax.masked(inner, part), given_by([0, 2]), BLOCKS)
+    (one, *_), (two, _, updates) = run(tx, range(2))
+    assert_same(one["first"], draw(0)["first"])  # by the inner one
+    assert (one["middle"]["kernel"] != draw(0)["middle"]["kernel"]).any()
+    assert_same(two["middle"], one["middle"])  # by the outer one
+    assert (updates["last"]["kernel"] != 0).all()  # not masked, not frozen
+
+
+@pytest.mark.parametrize("inner", [optax.flatten(optax.adam(0.1)), optax.sm3(0.1)])
+def test_state_that_is_of_no_single_parameter_is_refused(inner):
+    tx = freeze_blocks(inner, given_by([0]), BLOCKS)
+    with pytest.raises(ValueError, match="cannot tell which part of the state"):
+        tx.init(draw(0))
+
+
+def test_churn_is_counted_among_what_trains():
+    table, ratio = [0, 0, 1, 1, 3, 0], 0.5
+    watched = track_churn(mask_by_importance(ratio))
+    tx = freeze_blocks(watched, given_by(table), BLOCKS)
+    state, params = tx.init(draw(0)), draw(0)
+    before = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
+    for step, num_frozen in enumerate(table):
+        grads = draw(100 + step)
+        _, state = tx.update(grads, state, params)
+        names = BLOCKS[num_frozen:]
+        scores = [np.abs(params[n]["kernel"] * grads[n]["kernel"]) for n in names]
+        now = dict(before)
+        if names:
+            flat = np.concatenate([score.ravel() for score in scores])
+            kept = flat.size - round(ratio * flat.size)
+            least = np.sort(flat)[-kept]
+            now |= {n: score >= least for n, score in zip(names, scores, strict=True)}
+        changed = sum(int((now[n] != before[n]).sum()) for n in SHAPES)
+        assert int(optax.tree.get(state, "churn")) == changed, step
+        before = now
+
+
+def test_leaves_without_a_gradient_may_be_all():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    grads = {"kernel": None, "bias": jnp.ones(2)}
+    tx = mask_by_importance(0.5)
+    flags = {"kernel": None, "bias": True}
+    updates, state = tx.update(grads, tx.init(params), params, trainable=flags)
+    assert_same(updates, grads)
+    assert int(state.num_active) == 0
+
+
+def test_schedules_stay_right_where_optax_stops_counting():
+    last = np.int32(2**31 - 1)
+    assert int(single_shot(0, 1, 3)(last)) == 3
+    assert int(single_shot_resume(5, 1, 3, steps=10, resume=2)(last)) == 0
+
+
+def test_whole_floats_are_whole_numbers_and_what_is_too_large_is_refused():
+    schedule = single_shot(4.0, 2.0, 3.0)
+    assert schedule(5).dtype == jnp.int32
+    costs = {"forward": [1, 1], "backward": [2, 1]}
+    assert single_shot_start(0.1, 100.0, 1.0, 1.0, **costs) == single_shot_start(
+        0.1, 100, 1, 1, **costs
+    )
+    with pytest.raises(ValueError, match=r"start=3000000000 must be .* below 2\*\*31"):
+        single_shot(3 * 10**9, 1, 1)
+
+
+def test_schedules_of_scalars_are_enough():
+    def schedule(step):
+        return jax.lax.cond(step < 2, lambda: 0, lambda: 1)
+
+    costs = {"forward": [1, 1], "backward": [2, 1]}
+    assert freezing_saving(schedule, 4, **costs) == pytest.approx(0.5 * 2 / 5)
+
+
+def test_savings_are_those_of_the_compiled_program():
+    """Backward costs by the rule of `freezing_saving` against XLA's FLOPs."""
+    widths = (64, 96, 32, 48, 10)
+    names = [f"layer{i}" for i in range(4)]
+    shapes = list(pairwise(widths))
+    params = {n: jnp.ones(s) for n, s in zip(names, shapes, strict=True)}
+    forward = np.prod(shapes, 1)
+    backward = forward + np.append(forward[1:], 0)
+
+    def flops(num_frozen):
+        def loss(params, x):
+            params = stop_frozen_gradients(params, num_frozen, names)
+            for name in names:
+                x = jnp.tanh(x @ params[name])
+            return x.sum()
+
+        x = jnp.ones((128, widths[0]))
+        return (
+            jax.jit(jax.grad(loss)).lower(params, x).compile().cost_analysis()["flops"]
+        )
+
+    whole = flops(0)
+    for num_frozen in range(1, 4):
+        saving = freezing_saving(
+            lambda step, k=num_frozen: k + 0 * step,
+            1,
+            forward=forward,
+            backward=backward,
+        )
+        assert 1 - flops(num_frozen) / whole == pytest.approx(saving, abs=0.02)
+
+
+def test_nnx_modules_train_with_a_frozen_front():
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+    )
+    blocks = ["layers/0", "layers/1"]
+    graph, params = nnx.split(model, nnx.Param)
+
+    def loss(params):
+        params = stop_frozen_gradients(params, 1, blocks)
+        return nnx.merge(graph, params)(jnp.ones((3, 4))).sum()
+
+    grads = jax.grad(loss)(params)
+    assert (grads["layers"][0]["kernel"][...] == 0).all()
+    assert (grads["layers"][1]["kernel"][...] != 0).any()
 
 
 def test_a_number_is_no_schedule():
