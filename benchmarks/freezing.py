@@ -135,7 +135,7 @@ def figure_of(records):
     axis.axline(
         (0, 0), slope=AIM, color="0.7", linewidth=1, label="aim: time = 80 % of FLOPs"
     )
-    axis.set(xlabel="FLOPs saved (%)", ylabel="time saved (%)", xlim=0, ylim=0)
+    axis.set(xlabel="FLOPs saved (%)", ylabel="time saved (%)")
     axis.legend(frameon=False)
     return figure
 
