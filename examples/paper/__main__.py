@@ -74,11 +74,12 @@ def run(args) -> None:
     for seed in range(args.seeds):
         for name in args.recipes:
             try:
-                accuracy = Experiment(RECIPES[name], seed, options).run()["accuracy"]
+                experiment = Experiment(RECIPES[name], seed, options)
+                accuracy = experiment.run()["accuracy"]
             except ERRORS as error:
                 raise SystemExit(f"error: {error}") from None
             scores = ", ".join(f"{key} {value:.2f}" for key, value in accuracy.items())
-            print(f"{name}, seed {seed}: {scores}", flush=True)
+            print(f"{name}, seed {seed}: {scores} ({experiment.path})", flush=True)
 
 
 def main(argv=None) -> None:
