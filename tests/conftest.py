@@ -7,6 +7,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Let tests share what they compile, which is most of what they do.
+
+    In a folder of this session: a cache that outlives it could be left broken by a run
+    that was killed.
+    """
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 @pytest.fixture(autouse=True)
 def _strict_dtypes(request):
     """Promotion is strict, but where optax's own schedules and optimizers promote."""

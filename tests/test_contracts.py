@@ -38,7 +38,6 @@ MASK = magnitude_mask(tree(0), RATIO)
 ROWS = {
     "mask_by_importance": mask_by_importance(RATIO),
     "gsm": gsm(RATIO, nesterov=True, **HALF),
-    "gsm_sgd": gsm_sgd(2.0**-4, RATIO, **HALF),
     "gsm_sgd, schedules": gsm_sgd(
         optax.linear_schedule(2.0**-3, 0.0, 8),
         optax.linear_schedule(0.25, RATIO, 4),

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -46,6 +48,7 @@ def test_prune_digits_refuses_a_compression_as_ratio(tmp_path):
     assert "did you mean ratio=1-1/60?" in done.stderr
 
 
+@pytest.mark.slow
 def test_layer_freezing(tmp_path):
     done = run(
         *("-m", "examples.layer_freezing", "--data", "digits", "--seeds", 1),
