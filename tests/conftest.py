@@ -1,4 +1,4 @@
-"""Strictness for every test: eight CPU devices, no implicit promotion of types."""
+"""Eight CPU devices, no implicit promotion of types, and shared compilations."""
 
 import jax
 import pytest
