@@ -1,9 +1,5 @@
 """Global Sparse Momentum SGD: prune JAX networks while they train."""
 
-from gsm_optax._churn import (
-    TrackChurnState as TrackChurnState,
-    track_churn as track_churn,
-)
 from gsm_optax._freezing import (
     FreezeBlocksState as FreezeBlocksState,
     freeze_blocks as freeze_blocks,
@@ -20,7 +16,6 @@ from gsm_optax._freezing_schedules import (
 from gsm_optax._gsm import gsm as gsm, gsm_sgd as gsm_sgd
 from gsm_optax._importance import (
     gradient_importance as gradient_importance,
-    kernels as kernels,
     magnitude_importance as magnitude_importance,
     taylor_importance as taylor_importance,
 )
@@ -34,6 +29,7 @@ from gsm_optax._planning import (
     decay_budget as decay_budget,
     decay_budget_left as decay_budget_left,
 )
+from gsm_optax._prunable import kernels as kernels
 from gsm_optax._pruning import (
     FreezePrunedState as FreezePrunedState,
     apply_mask as apply_mask,

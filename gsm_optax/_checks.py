@@ -1,6 +1,7 @@
 """Checks of arguments, made once, when a transformation is built."""
 
 import math
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -13,32 +14,63 @@ def is_static(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, jax.Array)
 
 
+def concrete(value: Any) -> float | None:
+    """The number that a scalar is, or None where it is traced."""
+    return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
 def check_ratio(ratio: Any) -> None:
-    """Raise `ValueError` unless `ratio` can be the pruned fraction."""
-    if callable(ratio):
-        return
-    if is_static(ratio):
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio={ratio} is outside [0, 1). {_ratio_remedy(ratio)}")
-    elif not hasattr(ratio, "shape") or ratio.shape != ():
+    """Raise `ValueError` unless `ratio` can be the pruned fraction.
+
+    Numbers and arrays whose value is known are checked, and so is the first value of a
+    schedule; what is traced or comes later is not.
+    """
+    _check_ratio_value(first_value(ratio), "ratio(0)" if callable(ratio) else "ratio")
+
+
+def first_value(value: Any) -> Any:
+    """The value of a schedule at step 0; a number or an array as it is."""
+    if not callable(value):
+        return value
+    with jax.ensure_compile_time_eval():  # known, also where jit traces this
+        return value(jnp.int32(0))
+
+
+def _check_ratio_value(ratio: Any, name: str) -> None:
+    """Raise `ValueError` unless a number or a scalar array can be the fraction."""
+    if not is_static(ratio):
+        if not hasattr(ratio, "shape") or ratio.shape != ():
+            raise ValueError(
+                f"{name}={ratio!r} must be a number in [0, 1), an optax schedule, or a "
+                "scalar array."
+            )
+        if ratio.dtype.itemsize < 4 and jnp.issubdtype(ratio.dtype, jnp.inexact):
+            raise ValueError(
+                f"{name} is a {ratio.dtype} array, which is too coarse. Give it in "
+                "float32; optax.inject_hyperparams takes the dtype of the parameters, "
+                "unless told hyperparam_dtype=jnp.float32."
+            )
+    value = concrete(ratio)
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(f"{name}={value:g} is outside [0, 1). {_ratio_remedy(value)}")
+
+
+def check_kept(ratio: float | None, total: int) -> None:
+    """Raise `ValueError` if a known ratio keeps none of so many entries."""
+    if ratio is not None and total and total == round(Fraction(ratio) * total):
         raise ValueError(
-            f"ratio={ratio!r} must be a number in [0, 1), an optax schedule, or a "
-            "scalar array."
-        )
-    elif ratio.dtype.itemsize < 4 and jnp.issubdtype(ratio.dtype, jnp.inexact):
-        raise ValueError(
-            f"ratio is a {ratio.dtype} array, which is too coarse. Give it in float32; "
-            "optax.inject_hyperparams takes the dtype of the parameters, unless told "
-            "hyperparam_dtype=jnp.float32."
+            f"ratio={ratio:g} of {total} prunable entries keeps none. Give at most "
+            f"{1 - 1 / total:.6g}, or make more leaves prunable with prunable=."
         )
 
 
-def _ratio_remedy(ratio: Any) -> str:
+def _ratio_remedy(ratio: float) -> str:
     meaning = "It is the fraction of the prunable entries that is pruned"
     if 1 < ratio < math.inf:
+        percent = f" (for {ratio:g} percent, ratio={ratio / 100:.6g})"
         return (
-            f"{meaning}; for {ratio:g}x compression, did you mean ratio=1-1/{ratio:g}? "
-            f"(for {ratio:g} percent, ratio={ratio / 100:.6g})"
+            f"{meaning}; for {ratio:g}x compression, did you mean ratio=1-1/{ratio:g}?"
+            f"{percent if ratio < 100 else ''}"
         )
     return f"{meaning}: ratio=0.95 keeps one entry in twenty."
 

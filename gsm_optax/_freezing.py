@@ -47,9 +47,8 @@ def freeze_blocks(
     of the steps in which it is trained.
 
     It goes around everything that holds momentum or decays, another `freeze_blocks` as
-    well: what either freezes is frozen. What watches `gsm`, such as `track_churn`, goes
-    inside. The schedule is traced: nothing is compiled again when the number of frozen
-    blocks changes.
+    well: what either freezes is frozen. The schedule is traced: nothing is compiled
+    again when the number of frozen blocks changes.
 
     Args:
         inner: an optax optimizer or chain whose state can be told apart by parameter:

@@ -6,13 +6,10 @@ import jax
 import optax
 
 from gsm_optax._checks import check_momentum, check_weight_decay
-from gsm_optax._importance import (
-    Importance,
-    Prunable,
-    kernels,
-    prunable_tree,
-)
+from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance
+from gsm_optax._placement import AxisName
+from gsm_optax._prunable import Prunable, prunable_tree
 
 
 def gsm(
@@ -24,7 +21,8 @@ def gsm(
     importance: Importance | None = None,
     prunable: Prunable | None = None,
     accumulator_dtype: Any = None,
-    axis_name: Any = None,
+    track_churn: bool = False,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Global Sparse Momentum: the direction, to be scaled by a learning rate.
 
@@ -55,8 +53,10 @@ def gsm(
         nesterov: whether to use Nesterov momentum.
         importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default `kernels`: the inexact leaves of rank 2 or more.
+            default `kernels`, told by name and shape.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        track_churn: whether to count the entries that change side at every step: see
+            `mask_by_importance`.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 
     Returns:
@@ -91,10 +91,13 @@ def gsm(
     """
     check_momentum(momentum)
     check_weight_decay(weight_decay)
-    prunable = kernels if prunable is None else prunable
     return optax.chain(
         mask_by_importance(
-            ratio, importance=importance, prunable=prunable, axis_name=axis_name
+            ratio,
+            importance=importance,
+            prunable=prunable,
+            track_churn=track_churn,
+            axis_name=axis_name,
         ),
         optax.add_decayed_weights(
             weight_decay, mask=lambda params: prunable_tree(prunable, params)
@@ -113,7 +116,8 @@ def gsm_sgd(
     importance: Importance | None = None,
     prunable: Prunable | None = None,
     accumulator_dtype: Any = None,
-    axis_name: Any = None,
+    track_churn: bool = False,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Global Sparse Momentum SGD: an optimizer that prunes while it trains.
 
@@ -128,8 +132,10 @@ def gsm_sgd(
         nesterov: whether to use Nesterov momentum.
         importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default `kernels`: the inexact leaves of rank 2 or more.
+            default `kernels`, told by name and shape.
         accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        track_churn: whether to count the entries that change side at every step: see
+            `mask_by_importance`.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
 
     Returns:
@@ -166,6 +172,7 @@ def gsm_sgd(
             importance=importance,
             prunable=prunable,
             accumulator_dtype=accumulator_dtype,
+            track_churn=track_churn,
             axis_name=axis_name,
         ),
         optax.scale_by_learning_rate(learning_rate),

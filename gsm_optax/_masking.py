@@ -1,43 +1,56 @@
 """The gradient of the most important entries only."""
 
-from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from gsm_optax._checks import check_ratio
-from gsm_optax._counting import carry, num_entries, order_key, to_words
+from gsm_optax._checks import check_kept, check_ratio, concrete, first_value
+from gsm_optax._churn import nothing_active, track
 from gsm_optax._importance import (
     Importance,
-    Prunable,
-    Score,
-    ScoreOfPart,
-    check_any_prunable,
-    is_inexact,
-    kernels,
-    prunable_tree,
+    Pair,
+    needs_nonzero,
+    score_leaves,
     taylor_importance,
 )
-from gsm_optax._selection import (
-    Selection,
-    count_dtype,
-    num_kept,
-    num_kept_of_part,
-    select,
-    to_count,
+from gsm_optax._placement import (
+    AxisName,
+    check_axis_name,
+    most_entries,
+    shares,
 )
+from gsm_optax._prunable import (
+    Prunable,
+    check_any_prunable,
+    check_marks,
+    entries_of,
+    is_inexact,
+    prunable_tree,
+    to_marks,
+    warn_of_zeros,
+)
+from gsm_optax._reductions import order_key
+from gsm_optax._selection import select
+from gsm_optax._trainable import flags_of, only_part
+from gsm_optax._words import add_words, count_dtype, num_kept, to_count
 
 
 class MaskByImportanceState(NamedTuple):
-    """State of `mask_by_importance`: what the last choice came to."""
+    """State of `mask_by_importance`: what the last choice came to.
 
-    threshold: jax.Array  # float32, shape (): least score that was active
-    num_active: jax.Array  # shape (): entries that got their gradient; int32, or
-    # float32 in a tree of 2³¹ prunable entries or more (the choice itself is exact)
+    Counts are int32, or float32 in a tree of 2³¹ prunable entries or more (the choice
+    itself is exact).
+    """
+
+    threshold: jax.Array  # float32, shape (): least score that was active; inf if Q = 0
+    num_active: jax.Array  # shape (): entries that got their gradient
+    num_kept: jax.Array  # shape (): Q, how many should have
     step: jax.Array | None  # int32, shape (): only where ratio is a schedule
+    prunable: Any  # which leaves take part; has no leaves itself
+    active: Any | None  # B, bools like the prunable parameters: only to track churn,
+    churn: jax.Array | None  # shape (): entries that changed side; only then
 
 
 def mask_by_importance(
@@ -45,7 +58,8 @@ def mask_by_importance(
     *,
     importance: Importance | None = None,
     prunable: Prunable | None = None,
-    axis_name: Any = None,
+    track_churn: bool = False,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the gradient of the most important entries of the whole model.
 
@@ -81,24 +95,35 @@ def mask_by_importance(
             Arrays and schedules are float32 and clipped to what is possible. With
             parameters in half precision `inject_hyperparams` needs
             `hyperparam_dtype=jnp.float32`.
-        importance: `(param, grad) -> score`, elementwise, float32 in and out; by
-            default `taylor_importance`.
+        importance: `(param, grad) -> score` of a leaf, float32 in and out; by default
+            `taylor_importance`. Those of this library store nothing; what another
+            returns is stored for the step, 4 bytes an entry, so that it may look at
+            the leaf as a whole (inside `shard_map`: at the part that a device holds).
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default `kernels`: the inexact leaves of rank 2 or more.
-        axis_name: inside `jax.shard_map` or `jax.pmap`, the name or names of the mesh
-            axes that the parameters are split over. Elsewhere shardings are seen to
-            by themselves. With `check_vma=False` every prunable leaf must be split over
-            all of these axes, because copies cannot be told from parts.
+            default `kernels`, told by name and shape.
+        track_churn: whether the state also counts the entries that change side, active
+            or passive, at every step: for one bool per prunable entry.
+        axis_name: only inside `jax.shard_map` or `jax.pmap`: the name or names of the
+            axes that the parameters are split over, and `()` if every device holds
+            all of them, as in data parallelism with averaged gradients. Elsewhere
+            shardings are seen to by themselves. Under `pmap` and with
+            `check_vma=False`, where tracing cannot tell copies from parts, parameters
+            that are alike on all devices of an axis are taken for copies; otherwise
+            every prunable leaf must be split over it.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its
-        state holds two scalars, `threshold` and `num_active` (and the step, if `ratio`
-        is a schedule); read them with `optax.tree.get(state, "num_active")`.
+        state holds scalars, such as `num_active`: read them by `metrics`, or with
+        `optax.tree.get(state, "num_active")`.
 
     Raises:
         ValueError: for a ratio outside [0, 1) or in half precision; from `init` if no
-            leaf is prunable or `prunable` does not match; from `update` without
-            `params`.
+            leaf is prunable, if `prunable` does not match, or if the ratio keeps none;
+            from `update` without `params`, or if devices would choose apart.
+
+    Warns:
+        UserWarning: from `init`, if a prunable leaf is all zeros (a LoRA's B, say),
+            because then none of it can ever become active.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,19 +140,28 @@ def mask_by_importance(
         NeurIPS 2019, https://arxiv.org/abs/1909.12778
     """
     check_ratio(ratio)
-    # The defaults are None, since inject_hyperparams takes callables for schedules.
-    score = Score(taylor_importance if importance is None else importance)
-    prunable = kernels if prunable is None else prunable
+    # The default is None, since inject_hyperparams takes callables for schedules.
+    importance = taylor_importance if importance is None else importance
 
     def init_fn(params: Any) -> Any:
         flags = prunable_tree(prunable, params)
         check_any_prunable(flags, params)
-        chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
-        total = num_entries([(leaf,) for leaf in chosen])
+        first_ratio = concrete(first_value(ratio))
+        # At a ratio of zero everything is active, and then no longer zero.
+        if needs_nonzero(importance) and first_ratio != 0:
+            warn_of_zeros(flags, params)
+        total = entries_of(flags, params)
+        if axis_name is None:  # else these may be parts
+            check_kept(first_ratio, total)
+        scalar = lambda dtype: jnp.zeros((), dtype)
         return MaskByImportanceState(
-            threshold=jnp.zeros((), jnp.float32),
-            num_active=jnp.zeros((), count_dtype(total)),
-            step=jnp.zeros((), jnp.int32) if callable(ratio) else None,
+            threshold=scalar(jnp.float32),
+            num_active=scalar(count_dtype(total)),
+            num_kept=scalar(count_dtype(total)),
+            step=scalar(jnp.int32) if callable(ratio) else None,
+            prunable=to_marks(flags, params),
+            active=nothing_active(flags, params) if track_churn else None,
+            churn=scalar(count_dtype(total)) if track_churn else None,
         )
 
     def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
@@ -137,99 +171,81 @@ def mask_by_importance(
                 "mask_by_importance compares |param * grad| and needs the parameters: "
                 "call tx.update(grads, state, params)."
             )
-        grads, flags, pairs, treedef = _split(updates, params, prunable)
+        flags = prunable_tree(prunable, params)
+        check_marks(state.prunable, flags, params)
+        grads, taking, pairs, treedef = _split(updates, params, flags)
+        check_axis_name(pairs, axis_name)
         ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
-        parts = (
-            None if trainable is None else compress(_align(trainable, updates), flags)
+
+        score, scored = score_leaves(importance, jax.lax.stop_gradient(pairs))  # T
+        entries = [share.entries for share in shares(pairs, axis_name)]
+        parts = None if trainable is None else flags_of(trainable, updates, taking)
+        if parts is not None:
+            score, scored, entries = only_part(score, scored, entries, parts)
+        total, most = add_words(entries), most_entries(pairs, axis_name)  # N
+        kept = num_kept(ratio_now, total)  # Q
+        start = state.threshold
+        found = select(
+            score, scored, kept, total, start, most=most, axis_name=axis_name
         )
-        selection, active = _choose(
-            score, pairs, parts, ratio_now, state.threshold, axis_name
+        active = [order_key(score(*args)) >= found.key for args in scored]  # B
+        if parts is not None:
+            active = list(map(jnp.logical_and, parts, active))
+        for i, mask, (_, grad) in zip(taking, active, pairs, strict=True):
+            grads[i] = jnp.where(mask, grad, 0)  # B ∘ g
+
+        new_state = state._replace(
+            threshold=found.threshold,
+            num_active=found.num_active,
+            num_kept=to_count(kept, most),
+            step=optax.safe_increment(state.step) if callable(ratio) else None,
         )
-        masked = iter(
-            jnp.where(mask, grad, 0)
-            for mask, (_, grad) in zip(active, pairs, strict=True)
-        )
-        updates = [
-            next(masked) if flag else grad
-            for flag, grad in zip(flags, grads, strict=True)
-        ]
-        step: Any = optax.safe_increment(state.step) if callable(ratio) else None
-        new_state = MaskByImportanceState(
-            selection.threshold, selection.num_active, step
-        )
-        return jax.tree.unflatten(treedef, updates), new_state
+        if track_churn:
+            before = treedef.flatten_up_to(state.active)
+            after, churn = track(before, taking, active, parts, axis_name)
+            after = jax.tree.unflatten(treedef, after)
+            new_state = new_state._replace(active=after, churn=churn)
+        return jax.tree.unflatten(treedef, grads), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _split(updates: Any, params: Any, prunable: Prunable) -> tuple[Any, ...]:
+def _split(
+    updates: Any, params: Any, flags: Any
+) -> tuple[list[Any], list[int], list[Pair], Any]:
     """Gradient leaves (None too), which take part, their (param, grad), the treedef."""
     grads, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-    flags = treedef.flatten_up_to(prunable_tree(prunable, params))
-    flags = [
-        flag is True and grad is not None and is_inexact(grad)
-        for flag, grad in zip(flags, grads, strict=True)
+    by_leaf = treedef.flatten_up_to(flags)
+    taking = [
+        i
+        for i, (flag, grad) in enumerate(zip(by_leaf, grads, strict=True))
+        if flag is True and grad is not None and is_inexact(grad)
     ]
-    pairs = zip(treedef.flatten_up_to(params), grads, strict=True)
+    by_leaf = treedef.flatten_up_to(params)
     # A gradient that is still a fused expression could be rounded differently in the
-    # search and in the mask; behind the barrier both read the same bits.
-    pairs = [jax.lax.optimization_barrier(pair) for pair in compress(pairs, flags)]
-    return grads, flags, pairs, treedef
+    # search and in the mask; behind the barrier both read the same bits. (One barrier
+    # for both, and until jax 0.10 the parameter differs wherever the gradient does.)
+    hold = jax.lax.optimization_barrier
+    pairs = [(hold(by_leaf[i]), hold(grads[i])) for i in taking]
+    return grads, taking, pairs, treedef
 
 
-def _choose(score, pairs, parts, ratio, start, axis_name) -> tuple[Selection, Any]:
-    """The threshold and, one by one, the masks of active entries."""
-    data = jax.lax.stop_gradient(pairs)
-    if parts is not None:
-        return _choose_among(score, data, list(parts), ratio, start, axis_name)
-    kept = num_kept(ratio, num_entries(data, axis_name))
-    selection = select(score, data, kept, start, axis_name)
-    return selection, (order_key(score(*pair)) >= selection.key for pair in pairs)
+def find_state(opt_state: Any) -> MaskByImportanceState:
+    """Return the one state of `mask_by_importance` that is somewhere in `opt_state`.
 
-
-def _choose_among(score, data, parts, ratio, start, axis_name):
-    """The same among the leaves whose flag in `parts` is true, traced or not.
-
-    The scores of the others are zero, so that they are never the Q-th greatest. How
-    many entries take part is known at run time only, and summed in words.
+    Raises:
+        ValueError: if there is none, or more than one.
     """
-    sizes = [num_entries([args], axis_name) for args in data]
-    words = [
-        [jnp.where(part, np.int32(word), 0) for word in to_words(size)]
-        for part, size in zip(parts, sizes, strict=True)
-    ]
-    total = carry(*(sum(column) for column in zip((0, 0), *words, strict=True)))
-    kept = num_kept_of_part(ratio, total)
-    # One bool per entry, because the leaves of a search are of equal shapes.
-    triples = [
-        (*args, jnp.full_like(args[0], part, bool))
-        for args, part in zip(data, parts, strict=True)
-    ]
-    key, num_active = select(ScoreOfPart(score), triples, kept, start, axis_name)
-    # The search sees the zeros of the others, so it cannot know that Q is all there is.
-    everything = (kept[0] == total[0]) & (kept[1] == total[1])
-    key = jnp.where(everything, 0, key)
-    num_active = jnp.where(everything, to_count(total, sum(sizes)), num_active)
-    active = (
-        part & (order_key(score(*args)) >= key)
-        for args, part in zip(data, parts, strict=True)
-    )
-    return Selection(key, num_active), active
-
-
-def _align(trainable: Any, updates: Any) -> list[Any]:
-    """One flag for every leaf of the updates, None and `optax.MaskedNode` included."""
-    is_hole = lambda x: x is None or isinstance(x, optax.MaskedNode)
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_hole)
-    try:
-        flags = treedef.flatten_up_to(trainable)
-    except ValueError as error:
+    is_one = lambda x: isinstance(x, MaskByImportanceState)
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+    if len(found) != 1:
         raise ValueError(
-            f"trainable must be a tree like the gradients, with a bool a leaf. {error}"
-        ) from error
-    # Whole parts that optax.masked has taken out are no leaves to the selection.
-    return [
-        flag
-        for leaf, flag in zip(leaves, flags, strict=True)
-        if not isinstance(leaf, optax.MaskedNode)
-    ]
+            f"found {len(found)} states of mask_by_importance, instead of one. "
+            + (
+                "Each has a choice of its own: watch them one by one."
+                if found
+                else "Give the state of an optimizer with gsm in it, as init returns "
+                "it; a checkpoint may have come back as plain dicts."
+            )
+        )
+    return found[0]

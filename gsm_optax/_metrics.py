@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gsm_optax._churn import TrackChurnState, find_state, states_of
-from gsm_optax._counting import WORD, Leaves, count, num_entries, to_words
-from gsm_optax._importance import (
-    Prunable,
-    check_any_prunable,
-    kernels,
-    magnitude_score,
-    prunable_tree,
-)
+from gsm_optax._importance import magnitude
+from gsm_optax._masking import find_state
+from gsm_optax._placement import Leaves
+from gsm_optax._prunable import from_marks
+from gsm_optax._reductions import count
+from gsm_optax._words import to_float, to_words
 
 NEAR_ZERO = 1e-4
 """Entries of smaller magnitude count as near zero."""
@@ -26,7 +23,7 @@ _KEYS = np.array([1, np.float32(NEAR_ZERO).view(np.int32)], np.int32)
 
 
 def metrics(
-    params: Any, opt_state: Any, *, decay_left: Any = None, prunable: Prunable = kernels
+    params: Any, opt_state: Any, *, decay_left: Any = None
 ) -> dict[str, jax.Array]:
     r"""Read from parameters and optimizer state how far pruning has come.
 
@@ -35,6 +32,8 @@ def metrics(
     ========================= ========================================================
     `gsm/threshold`           least importance that was active at the last step
     `gsm/num_active`          entries that got their gradient at the last step
+    `gsm/shortfall`           entries that these are short of Q, for want of any score
+                              above zero: not 0, the choice is starved
     `gsm/active_fraction`     the same, as a fraction of all prunable entries
     `gsm/density`             fraction of the prunable entries that is not exactly zero
     `gsm/near_zero`           fraction of them below 1e-4 in magnitude, zeros included
@@ -42,8 +41,9 @@ def metrics(
     `gsm/decay_budget_left`   decay still to come; only with `decay_left`
     ========================= ========================================================
 
-    `gsm/near_zero` is to reach the ratio before `gsm/decay_budget_left` reaches 0.
-    Entries that are frozen (`freeze_blocks`) are neither active nor do they decay.
+    The prunable entries are those that the optimizer chooses among. `gsm/near_zero` is
+    to reach the ratio before `gsm/decay_budget_left` reaches 0. Entries that are frozen
+    (`freeze_blocks`) are neither active nor do they decay.
 
     Args:
         params: pytree of arrays, sharded or not; under flax nnx,
@@ -51,7 +51,6 @@ def metrics(
         opt_state: state of an optimizer with one `mask_by_importance` in it; under flax
             nnx, `optimizer.opt_state`.
         decay_left: the decay budget that is left, a scalar: see `decay_budget_left`.
-        prunable: the prunable leaves that the optimizer was given.
 
     Returns:
         A flat dict of scalars, float32 and int32. A pure function: call it inside jit
@@ -59,7 +58,7 @@ def metrics(
 
     Raises:
         ValueError: if `opt_state` has no state of `mask_by_importance`, or several; if
-            no leaf is prunable.
+            it belongs to other parameters.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,6 +70,7 @@ def metrics(
         ...     print(f"{name:20} {value:g}")
         gsm/threshold        4
         gsm/num_active       1
+        gsm/shortfall        0
         gsm/active_fraction  0.25
         gsm/density          0.75
         gsm/near_zero        0.5
@@ -81,21 +81,21 @@ def metrics(
             for name, value in metrics(params, state).items():
                 writer.add_scalar(name, float(value), step)
     """
-    flags = prunable_tree(prunable, params)
-    check_any_prunable(flags, params)
-    chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
     state = find_state(opt_state)
-    num_active = _array(state.num_active)
-    active, density, near_zero = _fractions([(x, x) for x in chosen], num_active)
+    flags = from_marks(state.prunable, params)
+    chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
+    num_active, num_kept = _array(state.num_active), _array(state.num_kept)
+    active, density, near_zero = _fractions([(x,) for x in chosen], num_active)
     values = {
         "gsm/threshold": _array(state.threshold),
         "gsm/num_active": num_active,
+        "gsm/shortfall": jnp.maximum(num_kept - num_active, 0),
         "gsm/active_fraction": active,
         "gsm/density": density,
         "gsm/near_zero": near_zero,
     }
-    for tracked in states_of(TrackChurnState, opt_state):
-        values["gsm/churn"] = _array(tracked.churn)
+    if state.churn is not None:
+        values["gsm/churn"] = _array(state.churn)
     if decay_left is not None:
         values["gsm/decay_budget_left"] = jnp.asarray(decay_left, jnp.float32)
     return values
@@ -104,18 +104,14 @@ def metrics(
 @jax.jit
 def _fractions(leaves: Leaves, num_active: jax.Array) -> list[jax.Array]:
     """Of all entries, those that are active, not zero, and near zero."""
-    total = num_entries(leaves)
-    high, low = count(magnitude_score, leaves, jnp.asarray(_KEYS))
+    total = sum(x.size for (x,) in leaves)
+    high, low = count(magnitude, leaves, jnp.asarray(_KEYS))
     all_high, all_low = to_words(total)
     nonzero, near_zero = (high[0], low[0]), (all_high - high[1], all_low - low[1])
-    counts = [num_active.astype(jnp.float32), _to_float(nonzero), _to_float(near_zero)]
+    counts = [num_active.astype(jnp.float32), to_float(nonzero), to_float(near_zero)]
     # A constant divisor would become a factor, and 100 % become 99.99999.
     divisor = lax.optimization_barrier(jnp.float32(total))
     return [x / divisor for x in counts]
-
-
-def _to_float(words: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return words[0].astype(jnp.float32) * 2**WORD + words[1].astype(jnp.float32)
 
 
 def _array(scalar: Any) -> jax.Array:

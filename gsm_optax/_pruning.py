@@ -1,5 +1,6 @@
 """After training: exact global magnitude pruning, and keeping the zeros."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,15 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from gsm_optax._checks import check_ratio
-from gsm_optax._counting import num_entries, order_key
-from gsm_optax._importance import (
+from gsm_optax._importance import magnitude
+from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
     kernels,
-    magnitude_score,
     prunable_tree,
 )
-from gsm_optax._selection import num_kept, select
+from gsm_optax._reductions import order_key
+from gsm_optax._selection import select
+from gsm_optax._words import Words, num_kept, to_words
 
 
 def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
@@ -58,15 +60,28 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     leaves, treedef = jax.tree.flatten(params)
     leaves = list(map(jnp.asarray, leaves))
     flags = treedef.flatten_up_to(flags)
-    # Magnitude needs no gradient: the parameter stands in for both arguments.
-    chosen = [(x, x) for x, flag in zip(leaves, flags, strict=True) if flag]
-    kept = num_kept(ratio, num_entries(chosen))
-    key = select(magnitude_score, chosen, kept, jnp.float32(0)).key
+    chosen = [x for x, flag in zip(leaves, flags, strict=True) if flag]
+    total = sum(x.size for x in chosen)
+    kept = iter(greatest(chosen, num_kept(ratio, to_words(total))))
     mask = [
-        order_key(magnitude_score(x, x)) >= key if flag else jnp.ones_like(x, bool)
+        next(kept) if flag else jnp.ones_like(x, bool)
         for x, flag in zip(leaves, flags, strict=True)
     ]
     return jax.tree.unflatten(treedef, mask)
+
+
+def greatest(leaves: Sequence[jax.Array], kept: Words) -> list[jax.Array]:
+    """Masks of the Q entries of greatest magnitude, Q in words."""
+    total = sum(x.size for x in leaves)
+    found = select(
+        magnitude,
+        [(x,) for x in leaves],
+        kept,
+        to_words(total),
+        jnp.float32(0),
+        most=total,
+    )
+    return [order_key(magnitude(x)) >= found.key for x in leaves]
 
 
 def apply_mask(params: Any, mask: Any) -> Any:

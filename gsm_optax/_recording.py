@@ -2,26 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import compress, pairwise
+from itertools import compress
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from gsm_optax._counting import NAN_KEY, WORD, count
-from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
+from gsm_optax._histogram import EXPONENTS, histograms
+from gsm_optax._masking import find_state
 from gsm_optax._metrics import NEAR_ZERO, metrics
 from gsm_optax._paths import path_name
+from gsm_optax._prunable import from_marks
 
-EXPONENTS = tuple(float(x) for x in np.arange(-48, 6) / 4)
-"""Decimal logarithms of the edges between the classes of magnitude: -12, ..., 1.25."""
-
-_EDGES = np.power(10, EXPONENTS).astype(np.float32)
-# Order keys: 1 is that of the smallest number above zero. Eight keys at a time, because
-# a reduction with many operands takes seconds to compile.
-_KEYS = np.array([1, *_EDGES.view(np.int32), NAN_KEY], np.int32).reshape(-1, 8)
 _BELOW = 2 + EXPONENTS.index(round(np.log10(NEAR_ZERO)))
 
 
@@ -36,7 +28,6 @@ class Recorder:
 
     Attributes:
         decay_left: what `decay_budget_left` returns, to record `gsm/decay_budget_left`.
-        prunable: the prunable leaves that the optimizer was given.
         records: one dict a call, ready for `json.dump`. To go on after a restart, give
             the old ones: `Recorder(records=json.load(file))`. Each has
 
@@ -64,7 +55,6 @@ class Recorder:
     """
 
     decay_left: Callable[[int], Any] | None = None
-    prunable: Prunable = kernels
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, step: int, params: Any, opt_state: Any) -> None:
@@ -81,15 +71,10 @@ class Recorder:
         """
         step = int(step)
         left = self.decay_left(step) if self.decay_left else None
-        watched = metrics(params, opt_state, decay_left=left, prunable=self.prunable)
-        flags = jax.tree.leaves(prunable_tree(self.prunable, params))
+        watched = metrics(params, opt_state, decay_left=left)
+        flags = jax.tree.leaves(from_marks(find_state(opt_state).prunable, params))
         chosen = list(compress(jax.tree.leaves_with_path(params), flags))
-        # Everything is started before the first result is waited for.
-        reaching = jax.device_get([_reaching(jnp.asarray(leaf)) for _, leaf in chosen])
-        classes = [
-            _classes(leaf.size, *words)
-            for (_, leaf), words in zip(chosen, reaching, strict=True)
-        ]
+        classes = histograms([leaf for _, leaf in chosen])
         paths = [path_name(path) for path, _ in chosen]
         self.records.append(
             {"step": step}
@@ -97,20 +82,6 @@ class Recorder:
             | {"magnitudes": [sum(column) for column in zip(*classes, strict=True)]}
             | {"layers": dict(zip(paths, map(_layer, classes), strict=True))}
         )
-
-
-@jax.jit
-def _reaching(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many entries reach each of the keys: two words of shape (passes, 8)."""
-    leaves = [(leaf, leaf)]
-    eight_keys = lambda keys: count(magnitude_score, leaves, keys)
-    return lax.map(eight_keys, jnp.asarray(_KEYS))
-
-
-def _classes(entries: int, high: np.ndarray, low: np.ndarray) -> list[int]:
-    """How many of the entries are between one key and the next."""
-    reaching = (high.astype(np.int64).ravel() << WORD) + low.ravel()
-    return [a - b for a, b in pairwise([entries, *reaching.tolist(), 0])]
 
 
 def _layer(classes: list[int]) -> dict[str, int]:

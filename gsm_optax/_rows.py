@@ -30,7 +30,8 @@ from gsm_optax._bracket import (
     probes_at,
     search,
 )
-from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
+from gsm_optax._placement import Leaves
+from gsm_optax._reductions import NAN_KEY, ScoreFn, order_key, sum_together
 
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
@@ -66,7 +67,7 @@ class Rows(NamedTuple):
 
 
 def select_by_rows(
-    score: Score, leaves: Leaves, kept: jax.Array
+    score: ScoreFn, leaves: Leaves, kept: jax.Array
 ) -> tuple[Bracket, jax.Array]:
     """Return the last bracket and the Q-th greatest key, for 1 to 2³¹ − 1 entries."""
     total = sum(args[0].size for args in leaves)
@@ -206,7 +207,7 @@ def _count(keys: jax.Array, probes: jax.Array, often: Any = ONE) -> jax.Array:
 
 
 def _sampled(
-    score: Score, leaves: Leaves, whole: Bracket
+    score: ScoreFn, leaves: Leaves, whole: Bracket
 ) -> tuple[jax.Array, jax.Array]:
     """Probes about the threshold of a sample, in its standard errors; and the grid.
 
@@ -234,8 +235,10 @@ def _sampled(
     probes = offset_by(
         found.low, offsets.astype(jnp.int32) + (FIRST > 0).astype(np.int32), whole
     )
-    bits = lax.reduce_or(keys, (0,))
-    return probes, jnp.maximum(bits & -bits, 1).astype(jnp.float32)
+    # The lowest bit that is set in any key. (As lax.reduce_or it does not compile where
+    # the keys turn out to be split over CPU devices.)
+    lowest = jnp.min(jnp.where(keys == 0, NAN_KEY, keys & -keys))
+    return probes, lowest.astype(jnp.float32)
 
 
 def _blocks(scores: jax.Array, every: int) -> jax.Array:

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gsm_optax._counting import order_key, to_words
-from gsm_optax._importance import magnitude_score
-from gsm_optax._selection import select
+from gsm_optax._pruning import greatest
+from gsm_optax._words import to_words
 
 
 class LinearCKA(NamedTuple):
@@ -205,9 +204,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 def _larger_half(weights: jax.Array) -> jax.Array:
     weights = jnp.asarray(weights)
     half = (jnp.count_nonzero(weights).astype(jnp.int32) + 1) // 2
-    pairs = [(weights, weights)]  # magnitude needs no gradient
-    key = select(magnitude_score, pairs, to_words(half), jnp.float32(0)).key
-    return order_key(magnitude_score(weights, weights)) >= key
+    return greatest([weights], to_words(half))[0]
 
 
 def _number(mask: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._freezing_schedules import FreezingSchedule
-from gsm_optax._recording import EXPONENTS
+from gsm_optax._histogram import EXPONENTS
 
 try:
     from matplotlib import pyplot as plt
@@ -149,7 +149,7 @@ def churn(records: Records, ax: Axes | None = None) -> Axes:
     """Draw how many entries changed side, active or passive, at the recorded steps.
 
     Args:
-        records: of a `Recorder`, of an optimizer in `track_churn`.
+        records: of a `Recorder`, of an optimizer with `track_churn=True`.
         ax: where to draw; by default a new figure.
 
     Returns:
@@ -160,7 +160,8 @@ def churn(records: Records, ax: Axes | None = None) -> Axes:
     """
     if not _has_churn(records):
         raise ValueError(
-            "these records have no churn: wrap the optimizer, track_churn(gsm_sgd(...))"
+            "these records have no churn: make the optimizer with "
+            "gsm_sgd(..., track_churn=True)."
         )
     ax = _axes(ax, records)
     changed = _column(records, "gsm/churn")

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
+from gsm_optax._histogram import EXPONENTS, histograms
 from gsm_optax._paths import check_arrays, path_name
-from gsm_optax._selection import count_reaching
+from gsm_optax._prunable import Prunable, kernels, prunable_tree
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
 EDGES = tuple(10.0**exponent for exponent in DECADES)
@@ -187,16 +187,12 @@ def sparsity_report(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _countable(x)), params_or_mask
     )
     flags = jax.tree.leaves(prunable_tree(prunable, shapes))
-    paths = jax.tree_util.tree_leaves_with_path(params_or_mask)
+    leaves = jax.tree_util.tree_leaves_with_path(params_or_mask)
+    counted = histograms([leaf for _, leaf in leaves])
     return SparsityReport(
         tuple(
-            LeafSparsity(
-                path_name(path),
-                jnp.shape(leaf),
-                flag,
-                _magnitudes(jnp.asarray(leaf)),
-            )
-            for (path, leaf), flag in zip(paths, flags, strict=True)
+            LeafSparsity(path_name(path), jnp.shape(leaf), flag, _by_decade(classes))
+            for (path, leaf), flag, classes in zip(leaves, flags, counted, strict=True)
         )
     )
 
@@ -206,14 +202,12 @@ def _countable(leaf: Any) -> Any:
     return jnp.float32 if dtype == jnp.bool_ else dtype
 
 
-def _magnitudes(leaf: jax.Array) -> tuple[int, ...]:
-    # The smallest float above zero, so that the first count is of all non-zeros.
-    least = float(jnp.finfo(jnp.float32).smallest_subnormal)
-    reaching = count_reaching(
-        magnitude_score, [(leaf, leaf)], (least, *EDGES, math.nan)
-    )
-    bounds = [leaf.size, *reaching, 0]
-    return tuple(a - b for a, b in pairwise(bounds))
+def _by_decade(classes: list[int]) -> tuple[int, ...]:
+    """Counts by `MAGNITUDES` from those of a histogram, whose edges are closer."""
+    zero, *below, nan = classes
+    edges = [EXPONENTS.index(float(decade)) + 1 for decade in DECADES]
+    bounds = [0, *edges, len(below)]
+    return zero, *(sum(below[a:b]) for a, b in pairwise(bounds)), nan
 
 
 def _together(path: str, leaves: Iterable[LeafSparsity]) -> LeafSparsity:

@@ -21,7 +21,6 @@ from gsm_optax import (
     gsm_sgd,
     magnitude_mask,
     mask_by_importance,
-    track_churn,
 )
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "resume.py"
@@ -98,7 +97,7 @@ TRANSFORMATIONS = {
         optax.linear_schedule(0.1, 0.0, 10), optax.linear_schedule(0.0, 0.75, 5)
     ),
     "freeze_pruned": freeze_pruned(magnitude_mask(parameters(), 0.5)),
-    "track_churn": track_churn(gsm_sgd(0.1, 0.75)),
+    "track_churn": gsm_sgd(0.1, 0.75, track_churn=True),
     # A name, because jnp.float32 can be called and would be taken for a schedule.
     "inject_hyperparams": optax.inject_hyperparams(
         gsm_sgd, hyperparam_dtype=jnp.float32

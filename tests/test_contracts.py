@@ -20,7 +20,6 @@ from gsm_optax import (
     gsm_sgd,
     magnitude_mask,
     mask_by_importance,
-    track_churn,
 )
 
 RATIO, STEPS = 0.75, 4
@@ -44,7 +43,7 @@ ROWS = {
         **HALF,
     ),
     "freeze_pruned": freeze_pruned(MASK),
-    "track_churn": track_churn(gsm_sgd(2.0**-4, RATIO, **HALF)),
+    "track_churn": gsm_sgd(2.0**-4, RATIO, track_churn=True, **HALF),
 }
 SELECTING = [name for name in ROWS if name != "freeze_pruned"]
 

@@ -28,7 +28,6 @@ from gsm_optax import (
     single_shot_resume,
     single_shot_start,
     stop_frozen_gradients,
-    track_churn,
 )
 
 BLOCKS = ["first", "middle", "last"]
@@ -215,7 +214,7 @@ OPTIMIZERS = {
     ),
     "injected": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
     "gsm": gsm_sgd(0.1, ratio=0.5, momentum=0.9, weight_decay=0.1),
-    "churn": track_churn(gsm_sgd(0.1, ratio=0.5)),
+    "churn": gsm_sgd(0.1, ratio=0.5, track_churn=True),
     "gsm, a tree of bools": gsm_sgd(
         0.1,
         ratio=0.5,
@@ -584,7 +583,7 @@ def test_state_that_is_of_no_single_parameter_is_refused(inner):
 
 def test_churn_is_counted_among_what_trains():
     table, ratio = [0, 0, 1, 1, 3, 0], 0.5
-    watched = track_churn(mask_by_importance(ratio))
+    watched = mask_by_importance(ratio, track_churn=True)
     tx = freeze_blocks(watched, given_by(table), BLOCKS)
     state, params = tx.init(draw(0)), draw(0)
     before = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}

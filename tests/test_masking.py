@@ -1,5 +1,9 @@
 """mask_by_importance: what takes part, what passes through, what is refused."""
 
+import gc
+import weakref
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +12,12 @@ import pytest
 
 from gsm_optax import (
     gradient_importance,
+    gsm,
+    gsm_sgd,
     magnitude_importance,
+    magnitude_mask,
     mask_by_importance,
+    prune,
     taylor_importance,
 )
 
@@ -53,7 +61,7 @@ def test_importances_differ_as_defined():
     param, grad = jnp.array([[1.0, -3.0, 0.5]]), jnp.array([[2.0, 0.1, -3.0]])
     best = {taylor_importance: 0, magnitude_importance: 1, gradient_importance: 2}
     for importance, index in best.items():
-        tx = mask_by_importance(2 / 3, importance=importance)
+        tx = mask_by_importance(2 / 3, importance=importance, prunable=True)
         updates, _ = masked_of(tx, grad, param)
         assert np.flatnonzero(updates).tolist() == [index]
 
@@ -100,7 +108,7 @@ def test_scores_are_float32_even_for_half_precision():
     """In float16 both products would underflow to zero and tie."""
     params = jnp.array([[1e-4, 2e-4]], jnp.float16)
     grads = jnp.array([[1e-4, 1e-4]], jnp.float16)
-    updates, _ = masked_of(mask_by_importance(0.5), grads, params)
+    updates, _ = masked_of(mask_by_importance(0.5, prunable=True), grads, params)
     assert (updates != 0).tolist() == [[False, True]]
 
 
@@ -110,13 +118,17 @@ def test_nan_reaches_the_parameters():
     updates, _ = masked_of(mask_by_importance(0.99), grads, params)  # Q = 1, two NaN
     assert jnp.isnan(updates[0, :2]).all()
     assert (updates[1:] == 0).all()
-    updates, _ = masked_of(mask_by_importance(0.999), grads, params)  # Q = 0
+    # Q = 0, as only a ratio that changes in training may ask for.
+    tx = mask_by_importance(optax.linear_schedule(0.5, 0.999, 1))
+    state = tx.init(params)._replace(step=jnp.int32(1))
+    updates, state = tx.update(grads, state, params)
     assert jnp.isnan(updates[0, :2]).all()
+    assert (state.num_kept, state.threshold) == (0, jnp.inf)  # not NaN, a false alarm
 
 
 def test_infinite_times_zero_is_not_hidden():
     params, grads = jnp.array([[0.0, 1.0]]), jnp.array([[jnp.inf, 1.0]])
-    updates, _ = masked_of(mask_by_importance(0.5), grads, params)
+    updates, _ = masked_of(mask_by_importance(0.5, prunable=True), grads, params)
     assert updates.tolist() == [[jnp.inf, 0.0]]
 
 
@@ -130,13 +142,15 @@ def test_constant_scores(value):
 
 
 def test_one_entry_and_no_entry():
-    one = jnp.ones((1, 1))
+    one = {"kernel": jnp.ones((1, 1))}
     updates, state = masked_of(mask_by_importance(0.4), one, one)
-    assert (updates.tolist(), int(state.num_active)) == ([[1.0]], 1)
-    updates, state = masked_of(mask_by_importance(0.6), one, one)
-    assert (updates.tolist(), int(state.num_active)) == ([[0.0]], 0)
+    assert (updates["kernel"].tolist(), int(state.num_active)) == ([[1.0]], 1)
+    with pytest.raises(
+        ValueError, match=r"ratio=0\.6 of 1 prunable entries keeps none"
+    ):
+        mask_by_importance(0.6).init(one)
     none = jnp.ones((0, 3))
-    updates, state = masked_of(mask_by_importance(0.5), none, none)
+    updates, state = masked_of(mask_by_importance(0.5, prunable=True), none, none)
     assert (updates.shape, int(state.num_active)) == ((0, 3), 0)
 
 
@@ -150,18 +164,44 @@ def test_schedule_of_the_ratio_follows_its_own_steps():
     assert counts == [100, 80, 60, 40, 20, 20]
 
 
-def test_state_is_two_scalars():
+def test_state_is_three_scalars():
     state = mask_by_importance(0.5).init({"kernel": jnp.ones((9, 9))})
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
         ((), jnp.float32),
         ((), jnp.int32),
+        ((), jnp.int32),
     ]
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 60, 95, float("nan"), float("inf")])
-def test_ratio_outside_its_range_is_refused(ratio):
-    with pytest.raises(ValueError, match=f"ratio={ratio}"):
-        mask_by_importance(ratio)
+OUTSIDE = [-0.1, 1, 1.0, 60, 95, float("nan"), float("inf")]
+WAYS = {  # a ratio enters
+    "number": lambda ratio: mask_by_importance(ratio),
+    "array of NumPy": lambda ratio: gsm_sgd(0.1, np.array(ratio)),
+    "array": lambda ratio: gsm_sgd(0.1, jnp.array(ratio)),
+    "schedule": lambda ratio: gsm(optax.linear_schedule(ratio, 0.95, 9)),
+    "injected": lambda ratio: optax.inject_hyperparams(gsm_sgd)(0.1, ratio).init(ONE),
+    "injected schedule": lambda ratio: optax.inject_hyperparams(gsm_sgd)(
+        0.1, optax.constant_schedule(ratio)
+    ).init(ONE),
+    "prune": lambda ratio: prune(ONE, ratio),
+    "prune, array": lambda ratio: prune(ONE, jnp.array(ratio)),
+    "mask, array of NumPy": lambda ratio: magnitude_mask(ONE, np.array(ratio)),
+}
+ONE = {"kernel": jnp.ones((2, 2))}
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("way", WAYS)
+def test_ratio_outside_its_range_is_refused_wherever_it_enters(way):
+    for ratio in OUTSIDE:
+        with pytest.raises(ValueError, match=rf"ratio(\(0\))?={ratio:g} is outside"):
+            WAYS[way](ratio)
+
+
+def test_no_remedy_is_refused_in_its_turn():
+    with pytest.raises(ValueError, match="outside") as error:
+        mask_by_importance(100)
+    assert "percent" not in str(error.value)
 
 
 def test_a_compression_as_ratio_gets_a_remedy():
@@ -251,10 +291,53 @@ def test_gradients_flow_through_the_update_as_through_a_fixed_mask():
     assert jax.grad(total)(grads).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_inside_shard_map_the_axis_must_be_named():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    params, tx = jnp.ones((8, 8)), mask_by_importance(0.5)
-    step = lambda params: tx.update(params, tx.init(params), params)[0]
-    split = jax.sharding.PartitionSpec("x")
-    with pytest.raises(ValueError, match="pass axis_name="):
-        jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split)(params)
+# Importances of one's own
+
+
+def drawn(*shape):
+    return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+class Power(eqx.Module):
+    exponent: jax.Array
+
+    def __call__(self, param, grad):
+        return jnp.abs(param) * jnp.abs(grad) ** self.exponent
+
+
+def test_an_importance_is_traced_anew_and_dies_with_the_transformation():
+    """As any function that a user gives to jit: whatever is callable, nothing kept."""
+    params, grads = drawn(8, 8), drawn(8, 9)[:, 1:]
+    module = Power(jnp.float32(0.5))
+    tx = mask_by_importance(0.5, importance=module)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    scores = np.abs(params) * np.sqrt(np.abs(grads))
+    np.testing.assert_array_equal(updates != 0, scores > np.median(scores))
+
+    class Changing:
+        sign = 1.0
+
+        def __call__(self, param, grad):
+            return self.sign * param
+
+    def most_active(importance):
+        tx = mask_by_importance(0.9, importance=importance)
+        update = jax.jit(lambda *args: tx.update(*args))
+        updates, _ = update(grads, tx.init(params), params)
+        return jnp.max(jnp.where(updates == 0, -jnp.inf, params))
+
+    importance = Changing()
+    assert most_active(importance) == jnp.max(params)
+    importance.sign = -1.0
+    assert most_active(importance) < 0
+    gone = weakref.ref(importance)
+    del importance
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_short_of_q_shows_and_is_not_made_up_for_by_zeros():
+    params = {"w": jnp.zeros((4, 4)).at[0].set(1.0)}
+    tx = mask_by_importance(0.25)
+    _, state = tx.update(params, tx.init(params), params)
+    assert (state.num_kept, state.num_active) == (12, 4)

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from gsm_optax import Recorder, gsm_sgd, periodic, single_shot, track_churn
+from gsm_optax import Recorder, gsm_sgd, periodic, single_shot
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,7 +38,7 @@ def record(tx, shapes):
 @pytest.fixture(scope="module")
 def records():
     shapes = {"first/kernel": (8, 6), "last/kernel": (6, 3)}
-    return record(track_churn(gsm_sgd(0.1, 0.75)), shapes)
+    return record(gsm_sgd(0.1, 0.75, track_churn=True), shapes)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_overview_draws_what_there_is(records, tmp_path):
     untracked = [{k: v for k, v in r.items() if k != "gsm/churn"} for r in records]
     assert titles(plot.overview(untracked)) == everything[:-1]
     plot.overview(untracked[:1]).savefig(tmp_path / "one.png")
-    with pytest.raises(ValueError, match=r"track_churn\(gsm_sgd"):
+    with pytest.raises(ValueError, match=r"gsm_sgd\(.*track_churn=True"):
         plot.churn(untracked)
 
 

@@ -60,7 +60,8 @@ KINDS = [normal, few_values, huge_range, mostly_zero, pathological, all_equal]
     kinds=st.lists(st.sampled_from(KINDS), min_size=len(SHAPES), max_size=len(SHAPES)),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     ratio=st.one_of(
-        st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.5, 0.95, 1 - 1e-12])
+        st.floats(0, 0.99),
+        st.sampled_from([0.0, 0.5, 0.95]),  # of 82: one at least
     ),
 )
 def test_choice_equals_a_sort(seed, kinds, dtype, ratio):
@@ -141,12 +142,16 @@ def test_traced_ratio_rounds_as_the_static_one(total):
         assert count(jnp.asarray(ratio)) == budget(float(ratio), total)
 
 
+@jax.jit
+def with_traced_ratio(params, ratio):
+    tx = mask_by_importance(ratio)
+    return tx.update(params, tx.init(params), params)[1]
+
+
 def test_traced_ratio_out_of_range_is_clipped():
-    params = jnp.ones((4, 4))
     for ratio, expected in ((-0.5, 16), (1.5, 0)):
-        tx = mask_by_importance(jnp.float32(ratio))
-        _, state = tx.update(params, tx.init(params), params)
-        assert state.num_active == expected
+        state = with_traced_ratio(jnp.ones((4, 4)), jnp.float32(ratio))
+        assert state.num_active == state.num_kept == expected
 
 
 def test_nothing_is_sorted_gathered_or_recompiled():

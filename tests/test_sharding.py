@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from gsm_optax import (
-    _counting,
+    _reductions,
     _selection,
+    _words,
     gsm_sgd,
     magnitude_mask,
     mask_by_importance,
@@ -435,6 +436,117 @@ def test_shard_map_exchanges_one_small_all_reduce_a_pass():
     assert max(c.size for c in found) <= KILOBYTE
 
 
+COPIES = {"a": (4, 8), "b": (3, 5), "bias": (8,)}
+NONE = pytest.raises(ValueError, match=r"Pass axis_name=\(\) if each holds them all")
+
+
+@pytest.mark.parametrize("axis_name", [None, (), "data"])
+@pytest.mark.parametrize("around", ["pmap", "checked", "unchecked"])
+def test_data_parallelism_with_copies_of_the_parameters(around, axis_name):
+    """The most common loop: gradients are averaged, every device holds all."""
+    alone, tx = optimizer(), optimizer(axis_name=axis_name)
+    params = {k: jnp.round(64 * p) / 64 for k, p in draw(0, COPIES).items()}
+    batch = jnp.arange(-4.0, 4.0).reshape(8, 1)  # all products and means are exact
+    loss = lambda params, x: sum(jnp.sum(x) * jnp.sum(p**2) for p in params.values())
+    state = tx.init(params)
+
+    def local(params, state, x):
+        grads = jax.grad(loss)(params, x)
+        if around != "checked":  # where jax.grad has summed over devices itself
+            grads = jax.lax.pmean(grads, "data")
+        return make_step(tx)(params, state, grads)[:2]
+
+    total = jax.grad(loss)(params, batch)
+    average = jax.tree.map(lambda g: g / 8, total)
+    grads = total if around == "checked" else average
+    expected = make_step(alone)(params, state, grads)[:2]
+    with mesh_of("auto", (8,), ("data",)) as mesh:
+        options = {"mesh": mesh, "in_specs": (P(), P(), P("data")), "out_specs": P()}
+        step = {
+            "pmap": lambda: jax.pmap(
+                local, axis_name="data", in_axes=(None, None, 0), out_axes=None
+            ),
+            "checked": lambda: jax.shard_map(local, **options),
+            "unchecked": lambda: jax.shard_map(local, **options, check_vma=False),
+        }[around]()
+        with (
+            NONE
+            if axis_name is None and around != "checked"
+            else (contextlib.nullcontext())
+        ):
+            assert_same_bits(jax.device_get(step(params, state, batch)), expected)
+
+
+def test_devices_that_would_choose_apart_are_refused():
+    params = {"w": jnp.ones((8, 8))}
+    with mesh_of("auto", (8,), ("data",)) as mesh:
+        for axis_name, specs, message in [
+            (None, (P("data"), P("data")), "split over the axes .'data'"),
+            ((), (P("data"), P("data")), "split over the axes .'data'"),
+            ((), (P(), P("data")), "average gradients first"),
+            ("data", (P("data"), P()), "now none, which are others than at init"),
+        ]:
+            if "init" in message:  # without a name, a row is no kernel
+                params = params["w"]
+            tx = mask_by_importance(0.5, axis_name=axis_name)
+            state = tx.init(params)
+
+            def update(params, x, tx=tx, state=state):
+                grads = jax.tree.map(lambda p: p * jnp.sum(x), params)
+                return tx.update(grads, state, params)[0]
+
+            with pytest.raises(ValueError, match=message):
+                jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=P("data"))(
+                    params, jnp.ones(8)
+                )
+
+
+@pytest.mark.parametrize("form", ["arrays", "shapes", "init inside", "prune"])
+def test_shardings_that_only_jit_knows(form):
+    """Uncommitted arrays, laid out by in_shardings: no mesh is seen in tracing."""
+    params, grads = (jax.tree.map(jnp.asarray, few(draw(seed))) for seed in (0, 1))
+    tx = mask_by_importance(0.8)
+    update = lambda grads, params: tx.update(grads, tx.init(params), params)
+    expected = jax.jit(update)(grads, params)
+    with mesh_of("auto") as mesh:
+        layout = {name: NamedSharding(mesh, LAYOUTS["mixed"][name]) for name in params}
+        jitted = jax.jit(update, in_shardings=(layout, layout))
+        if form == "arrays":
+            assert_same_bits(jitted(grads, params), expected)
+        elif form == "shapes":
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (grads, params)
+            )
+            assert_same_bits(jitted.lower(*shapes).compile()(grads, params), expected)
+        elif form == "init inside":
+            inside = jax.jit(lambda: update(grads, params)[0], out_shardings=layout)
+            assert_same_bits(inside(), expected[0])
+        else:
+            pruned = jax.jit(lambda p: prune(p, 0.8), in_shardings=(layout,))(params)
+            assert_same_bits(pruned, prune(params, 0.8))
+
+
+def normalised(param, grad):
+    score = jnp.abs(param * grad)
+    return score / jnp.sqrt(jnp.sum(score**2))
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_an_importance_sees_the_whole_leaf(mode):
+    tx = mask_by_importance(0.8, importance=normalised)
+    params, grads = (jax.tree.map(jnp.asarray, few(draw(seed))) for seed in (0, 1))
+    alone, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    with mesh_of(mode) as mesh:
+        params, grads = (place(t, mesh, LAYOUTS["mixed"]) for t in (params, grads))
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    # The norm is summed in another order: one entry on the edge may change places.
+    different = sum(
+        np.sum((np.asarray(updates[k]) != 0) != (np.asarray(alone[k]) != 0))
+        for k in updates
+    )
+    assert different <= 2
+
+
 @pytest.mark.parametrize("around", ["nothing", "jit", "shard_map"])
 def test_unknown_axis_name_is_named(around):
     tx = mask_by_importance(0.5, axis_name="nope")
@@ -508,8 +620,8 @@ def test_cpu_gets_one_reduction_for_all_thresholds():
 @pytest.fixture
 def small_counters(monkeypatch):
     """Pretend that an int32 counts to 100; nothing compiled otherwise may be reused."""
-    monkeypatch.setattr(_counting, "LARGEST", 100)
-    monkeypatch.setattr(_selection, "LARGEST", 100, raising=False)
+    for module in (_reductions, _selection, _words):
+        monkeypatch.setattr(module, "LARGEST", 100)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -1,0 +1,253 @@
+"""Which leaves take part."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gsm_optax._paths import check_arrays
+
+# A pytree prefix of bools, or a callable `params -> such a prefix`.
+Prunable = bool | Callable[[Any], Any] | Any
+
+_KERNELS = {"kernel", "embedding"}
+_WEIGHTS = {"weight", "w"}
+_NEVER = {"bias", "scale", "offset", "beta", "gamma", "mean", "var"}
+_NORMS = {"ln", "bn", "gn"}
+
+RULE = (
+    "By default these are floating-point leaves of rank 2 or more that are named "
+    "kernel, embedding, weight or w, and leaves of other names with two axes longer "
+    "than one; never biases, scales, offsets, or the parameters of a normalisation"
+)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` holds floats or complex numbers (float0 and PRNG keys do not)."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def kernels(params: Any) -> Any:
+    """Tree of bools, `True` at dense and convolution kernels and embeddings.
+
+    The default of every `prunable` argument. By name and shape, these are
+
+    * leaves of rank 2 or more that are named `kernel`, `embedding`, `weight` or `w`,
+      `input_kernel` and `w1` included;
+    * leaves of any other name with two axes or more that are longer than one.
+
+    Never taken are
+
+    * integers, bools and PRNG keys;
+    * leaves named `bias`, `scale`, `offset`, `beta`, `gamma`, `mean` or `var`
+      (`in_bias` and `scales` too), and `b` beside a `w`, whatever their rank, so that
+      biases of attention heads and what `nn.scan` or `nnx.vmap` have stacked stay;
+    * anything but kernels and embeddings under a name that says norm (`norm1`,
+      `LayerNorm_0`, `ln_f`, `bn`), and a `weight` of the shape of its `bias`, as
+      equinox's normalisations have.
+
+    `print(sparsity_report(params))` shows what that comes to.
+
+    Args:
+        params: any pytree of arrays.
+
+    Returns:
+        The same tree with a bool at every leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gsm_optax import kernels
+        >>> kernels({"kernel": jnp.ones((3, 2)), "bias": jnp.ones((3, 2))})
+        {'bias': False, 'kernel': True}
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {_names(path): jnp.shape(leaf) for path, leaf in leaves}
+    flags = [is_inexact(leaf) and _is_kernel(_names(p), shapes) for p, leaf in leaves]
+    return jax.tree.unflatten(treedef, flags)
+
+
+def _is_kernel(path: tuple[str, ...], shapes: dict[tuple[str, ...], Any]) -> bool:
+    """The rule of `kernels`; `shapes` holds those of all leaves, by their paths."""
+    *parents, name = path or ("",)
+    shape, words = shapes[path], _words(name)
+    beside = lambda other: shapes.get((*parents, other))
+    if words & _NEVER or (name[:1] == "b" and beside(f"w{name[1:]}") is not None):
+        return False
+    if words & _KERNELS:
+        return len(shape) >= 2
+    if any(
+        word.endswith("norm") or word in _NORMS for p in parents for word in _words(p)
+    ):
+        return False
+    if words & _WEIGHTS:
+        return len(shape) >= 2 and shape != beside("bias")
+    return sum(size > 1 for size in shape) >= 2
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name: `LayerNorm_0` has layernorm, `in_scales` in and scale."""
+    words = re.findall("[a-z]+", name.lower())
+    return {*words, *(word.removesuffix("s") for word in words)}
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names on a path, but for the last of a box that flax puts around an array."""
+    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
+    """Resolve `prunable` to one bool per leaf of `params`; only inexact leaves count.
+
+    Args:
+        prunable: as users give it; `kernels` if None.
+        params: pytree of arrays, which may hold None.
+
+    Raises:
+        ValueError: if the tree does not match `params` or holds something else than
+            bools, or if a leaf of `params` is no array.
+    """
+    if not jax.tree.leaves(params):  # optax.tree.map_params passes a leafless tree
+        return params
+    check_arrays(params)
+    if prunable is None:
+        return kernels(params)
+    # A callable pytree (an equinox module of bools) is a tree, as in optax.masked.
+    treedef = jax.tree.structure(prunable)
+    is_function = callable(prunable) and jax.tree_util.treedef_is_leaf(treedef)
+    prefix = prunable(params) if is_function else prunable
+    for path, value in jax.tree_util.tree_leaves_with_path(prefix):
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(
+                f"prunable{jax.tree_util.keystr(path)}={value!r} must be True or False."
+            )
+    try:
+        full = jax.tree.broadcast(prefix, params)
+    except ValueError as error:
+        raise ValueError(
+            f"prunable does not match the parameters: it must be a pytree prefix of "
+            f"bools, or a callable returning one. {error}"
+        ) from error
+    return jax.tree.map(lambda flag, x: bool(flag) and is_inexact(x), full, params)
+
+
+def check_any_prunable(flags: Any, params: Any) -> None:
+    """Raise `ValueError` if `params` has leaves, but none of them is prunable.
+
+    A tree without any leaf passes: `optax.tree.map_params` and `optax.masked` build
+    such placeholders.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if leaves and not any(jax.tree.leaves(flags)):
+        listed = ", ".join(
+            f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
+            for path, x in leaves[:8]
+        )
+        raise ValueError(
+            f"no leaf is prunable among {listed}{', ...' if len(leaves) > 8 else ''}. "
+            f"{RULE}; name others with prunable=."
+        )
+
+
+def warn_of_zeros(flags: Any, params: Any) -> None:
+    """Warn of prunable leaves that are all zeros, as far as values are known.
+
+    |θ·∇| is then zero whatever the gradient, so that no entry ever becomes active.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    dead = [
+        jax.tree_util.keystr(path)
+        for (path, x), flag in zip(leaves, jax.tree.leaves(flags), strict=True)
+        if flag and _is_all_zeros(x)
+    ]
+    if dead:
+        listed = ", ".join(dead[:8]) + (", ..." if len(dead) > 8 else "")
+        warnings.warn(
+            f"prunable parameters are all zeros: {listed}. With |param * grad| as the "
+            "importance no entry of them can ever become active, so they stay zero. "
+            "Train them densely first; or leave them out with prunable=; or choose by "
+            "another importance, such as gradient_importance.",
+            stacklevel=2,
+        )
+
+
+def _is_all_zeros(x: Any) -> bool:
+    if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, jax.core.Tracer):
+        return False
+    with jax.ensure_compile_time_eval():  # known, also where jit traces this
+        return x.size > 0 and not bool(jnp.any(x != 0))
+
+
+def entries_of(flags: Any, params: Any) -> int:
+    """N, the entries of the prunable leaves as they are given."""
+    leaves = zip(jax.tree.leaves(flags), jax.tree.leaves(params), strict=True)
+    return sum(int(np.size(x)) for flag, x in leaves if flag)
+
+
+def to_marks(flags: Any, params: Any) -> Any:
+    """Flags as a tuple without leaves, to be kept in a state: see `from_marks`.
+
+    One mark a leaf, and one a hole that `optax.masked` has made, so that they fit the
+    parameters as a whole. Without leaves they are a part of the structure of the state:
+    known under jit, and nothing to save.
+    """
+    everything = jax.tree.leaves(params, is_leaf=_is_hole)
+    if not everything:  # a placeholder of optax.tree.map_params: a leaf stands for all
+        return jnp.zeros((), bool)
+    by_leaf = iter(jax.tree.leaves(flags))
+    return tuple(
+        optax.EmptyState() if not _is_hole(x) and next(by_leaf) else optax.MaskedNode()
+        for x in everything
+    )
+
+
+def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
+    """Flags like `params` from what `to_marks` returned for the same leaves.
+
+    Raises:
+        ValueError: if there were not as many.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    if len(marks) != len(leaves):
+        raise ValueError(
+            f"the parameters have {len(leaves)} leaves, but the optimizer was "
+            f"initialised with {len(marks)}. Give those that it trains."
+        )
+    return jax.tree.unflatten(treedef, [not _is_hole(mark) for mark in marks])
+
+
+def check_marks(marks: Any, flags: Any, params: Any) -> None:
+    """Raise `ValueError` if the prunable leaves are others than at `init`.
+
+    The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold one
+    row of a leaf.
+    """
+    kinds = lambda marks: [
+        _is_hole(mark) for mark in jax.tree.leaves(marks, is_leaf=_is_mark)
+    ]
+    if kinds(marks) == kinds(to_marks(flags, params)):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    here = [
+        jax.tree_util.keystr(path)
+        for (path, _), flag in zip(leaves, jax.tree.leaves(flags), strict=True)
+        if flag
+    ]
+    raise ValueError(
+        f"the prunable leaves are now {', '.join(here) or 'none'}, which are others "
+        "than at init: the parameters have other shapes or names here (inside shard_map "
+        "a device may hold one row). Name them, with prunable= a tree of bools."
+    )
+
+
+def _is_mark(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode | optax.EmptyState)
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
