@@ -224,12 +224,10 @@ def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
 def check_marks(marks: Any, flags: Any, params: Any) -> None:
     """Raise `ValueError` if the prunable leaves are others than at `init`.
 
-    The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold one
-    row of a leaf.
+    The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold
+    one row of a leaf.
     """
-    kinds = lambda marks: [
-        _is_hole(mark) for mark in jax.tree.leaves(marks, is_leaf=_is_mark)
-    ]
+    kinds = lambda marks: list(map(_is_hole, jax.tree.leaves(marks, is_leaf=_is_mark)))
     if kinds(marks) == kinds(to_marks(flags, params)):
         return
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -239,8 +237,8 @@ def check_marks(marks: Any, flags: Any, params: Any) -> None:
         if flag
     ]
     raise ValueError(
-        f"the prunable leaves are now {', '.join(here) or 'none'}, which are others "
-        "than at init: the parameters have other shapes or names here (inside shard_map "
+        f"the prunable leaves are now {', '.join(here) or 'none'}, which are "
+        "others than at init: the parameters have other shapes or names here (inside shard_map "
         "a device may hold one row). Name them, with prunable= a tree of bools."
     )
 

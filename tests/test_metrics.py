@@ -68,7 +68,7 @@ def churn_of(state):
 # Churn
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize(
     ("importance", "score"),
     [
@@ -285,7 +285,7 @@ def test_optional_metrics_are_there_when_asked_for():
             optax.adam(0.1),
             "found 0 states.*optimizer with gsm",
         ),
-        ({"w": jnp.ones((2, 2))}, optax.chain(gsm(0.5), gsm(0.9)), "one by one"),
+        ({"w": jnp.ones((2, 2))}, optax.chain(gsm(0.5), gsm(0.75)), "one by one"),
     ],
 )
 def test_a_state_without_one_choice_is_refused(params, tx, message):
