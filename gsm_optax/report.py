@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gsm_optax._importance import Prunable, kernels, magnitude_score, prunable_tree
-from gsm_optax._paths import check_arrays, path_name
+from gsm_optax._paths import check_arrays, leaf_names
 from gsm_optax._selection import count_reaching
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
@@ -23,8 +23,12 @@ MAGNITUDES = (
     *(f"1e{a} to 1e{b}" for a, b in pairwise(DECADES)),
     "1 and above",
     "NaN",
+    "no magnitude",
 )
-"""Names of the magnitude classes, in the order of `LeafSparsity.magnitudes`."""
+"""Names of the magnitude classes, in the order of `LeafSparsity.magnitudes`.
+
+The last is of entries that are no numbers: PRNG keys.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LeafSparsity:
 
     @property
     def nonzero(self) -> int:
-        """Number of entries that are not exactly zero (NaN included)."""
+        """Number of entries that are not exactly zero (NaN and PRNG keys included)."""
         return self.entries - self.magnitudes[0]
 
     @property
@@ -65,7 +69,7 @@ class LeafSparsity:
             magnitude: one of 1e-8, 1e-7, ..., 1.
 
         Returns:
-            A fraction in [0, 1], zeros included and NaN not.
+            A fraction in [0, 1], zeros included and NaN not, nor PRNG keys.
 
         Raises:
             ValueError: if `magnitude` is not one of the edges that were counted.
@@ -137,7 +141,7 @@ class SparsityReport:
 
 
 def sparsity_report(
-    params_or_mask: Any, *, prunable: Prunable = kernels
+    params_or_mask: Any, *, prunable: Prunable | None = None
 ) -> SparsityReport:
     """Count the zeros of every leaf, and the magnitudes of the rest by decade.
 
@@ -146,10 +150,12 @@ def sparsity_report(
 
     Args:
         params_or_mask: pytree of arrays of any shape and dtype: parameters, or a mask
-            of bools (`False` counts as zero).
+            of bools (`False` counts as zero). What else a model's state holds is
+            counted too: counters by their value, float0 as zeros, and PRNG keys as
+            entries that are not zero and have no magnitude.
         prunable: which leaves the totals by magnitude are taken over: pytree prefix of
-            bools, or a callable `params -> such a prefix`. By default leaves of rank 2
-            or more.
+            bools, or a callable `params -> such a prefix`. By default, or if None,
+            leaves of rank 2 or more.
 
     Returns:
         A `SparsityReport`: `print(report)` is an aligned table, in a notebook it is
@@ -186,17 +192,13 @@ def sparsity_report(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _countable(x)), params_or_mask
     )
+    prunable = kernels if prunable is None else prunable
     flags = jax.tree.leaves(prunable_tree(prunable, shapes))
-    paths = jax.tree_util.tree_leaves_with_path(params_or_mask)
+    names, leaves = leaf_names(params_or_mask), jax.tree.leaves(params_or_mask)
     return SparsityReport(
         tuple(
-            LeafSparsity(
-                path_name(path),
-                jnp.shape(leaf),
-                flag,
-                _magnitudes(jnp.asarray(leaf)),
-            )
-            for (path, leaf), flag in zip(paths, flags, strict=True)
+            LeafSparsity(name, jnp.shape(leaf), flag, _magnitudes(leaf))
+            for name, leaf, flag in zip(names, leaves, flags, strict=True)
         )
     )
 
@@ -206,14 +208,21 @@ def _countable(leaf: Any) -> Any:
     return jnp.float32 if dtype == jnp.bool_ else dtype
 
 
-def _magnitudes(leaf: jax.Array) -> tuple[int, ...]:
+def _magnitudes(leaf: Any) -> tuple[int, ...]:
+    dtype, entries = jnp.result_type(leaf), math.prod(jnp.shape(leaf))
+    others = len(MAGNITUDES) - 1
+    if dtype == jax.dtypes.float0:  # what JAX gives as the gradient of an integer
+        return (entries, *(0,) * others)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys
+        return (*(0,) * others, entries)
+    leaf = jnp.asarray(leaf)
     # The smallest float above zero, so that the first count is of all non-zeros.
     least = float(jnp.finfo(jnp.float32).smallest_subnormal)
     reaching = count_reaching(
         magnitude_score, [(leaf, leaf)], (least, *EDGES, math.nan)
     )
-    bounds = [leaf.size, *reaching, 0]
-    return tuple(a - b for a, b in pairwise(bounds))
+    bounds = [entries, *reaching, 0]
+    return (*(a - b for a, b in pairwise(bounds)), 0)
 
 
 def _together(path: str, leaves: Iterable[LeafSparsity]) -> LeafSparsity:
