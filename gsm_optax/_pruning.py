@@ -129,8 +129,8 @@ def prune(params: Any, ratio: Any, *, prunable: Prunable | None = None) -> Any:
     old one has momentum for the pruned entries, which moves them all at the next step.
     From a fresh one `gsm` leaves them at zero (under importances that are zero where
     the weight is, as the default), and so does any optimizer with `freeze_pruned` last
-    in its chain. To keep the momentum of the rest, clear that of the pruned entries,
-    with their `magnitude_mask`::
+    in its chain. A fresh state begins its schedules anew. To keep them, and the
+    momentum of the rest, clear that of the pruned entries with their `magnitude_mask`::
 
         clear = lambda m, kept: jnp.where(kept, m, jnp.zeros_like(m))
         opt_state = optax.tree.map_params(tx, clear, opt_state, mask)

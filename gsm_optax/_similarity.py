@@ -116,9 +116,9 @@ def linear_cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Arr
     Returns:
         A float32 scalar in [0, 1], but for rounding; NaN if all features of one of them
         are constant, because then there is nothing to align. Debiased in [-1, 1]:
-        independent layers are spread about 0, half of them below it; also NaN where the
-        denominator is lost in rounding (a layer that tells one example from the rest,
-        or all examples equally from each other).
+        independent layers are spread about 0, so it can be slightly negative. It is
+        also NaN where the denominator is lost in rounding, as for a layer that only
+        tells one example from the rest, or tells all apart equally.
 
     Raises:
         ValueError: if they are not matrices with the same number of rows, or of fewer
