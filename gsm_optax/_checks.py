@@ -57,11 +57,17 @@ def _check_ratio_value(ratio: Any, name: str) -> None:
 
 def check_kept(ratio: float | None, total: int) -> None:
     """Raise `ValueError` if a known ratio keeps none of so many entries."""
-    if ratio is not None and total and total == round(Fraction(ratio) * total):
-        raise ValueError(
-            f"ratio={ratio:g} of {total} prunable entries keeps none. Give at most "
-            f"{1 - 1 / total:.6g}, or make more leaves prunable with prunable=."
-        )
+    if ratio is None or total > round(Fraction(ratio) * total):
+        return
+    remedy = (
+        f"At most ratio={(total - 1) / total:.9g} (1-1/{total}) keeps one; or do more "
+        "leaves belong to prunable=?"
+        if total
+        else "All prunable leaves are empty: give others with prunable=."
+    )
+    raise ValueError(
+        f"ratio={ratio:g} keeps none of the {total} prunable entries. {remedy}"
+    )
 
 
 def _ratio_remedy(ratio: float) -> str:

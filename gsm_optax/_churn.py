@@ -43,11 +43,7 @@ def track(
     if parts is not None:
         for i, part in zip(taking, parts, strict=True):
             after[i] = jnp.where(part, after[i], before[i])
-    pairs = [
-        pair
-        for pair in zip(before, after, strict=True)
-        if _is_watched(pair[0])
-    ]
+    pairs = [pair for pair in zip(before, after, strict=True) if _is_watched(pair[0])]
     # No score reaches the second key. It is there because on the CPU a count of one key
     # alone is far slower: see _reductions.
     keys = jnp.array([1, NAN_KEY], jnp.int32)

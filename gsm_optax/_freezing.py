@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gsm_optax._freezing_schedules import FreezingSchedule
-from gsm_optax._paths import check_arrays, path_name
+from gsm_optax._paths import check_arrays, leaf_names
 
 Blocks = Sequence[str] | Callable[[str], int]  # path prefixes, or path -> block
 
@@ -240,15 +240,14 @@ def _blocks(block_of: Blocks, tree: Any) -> Any:
     """Tree of ints: the block of every leaf."""
     prefixes = () if callable(block_of) else tuple(block_of)
     find = block_of if callable(block_of) else partial(_by_prefix, prefixes)
-    named = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-    blocks: dict[str, Any] = {path: find(path) for path in jax.tree.leaves(named)}
+    blocks: dict[str, Any] = {path: find(path) for path in leaf_names(tree)}
     homeless = [path for path, block in blocks.items() if not _is_index(block)]
     if homeless:
         raise ValueError(
             f"block_of leaves parameters without a block: {', '.join(homeless)}. "
             "Every one needs a block, numbered from 0, nearest the input, on."
         )
-    return jax.tree.map(lambda path: int(blocks[path]), named)
+    return jax.tree.unflatten(jax.tree.structure(tree), map(int, blocks.values()))
 
 
 def _by_prefix(prefixes: Sequence[str], path: str) -> int | None:
@@ -283,8 +282,7 @@ def _check_fit(block_of: Blocks, params: Any) -> None:
         return
     idle = [repr(p) for i, p in enumerate(block_of) if i not in used]
     if idle:
-        paths = jax.tree_util.tree_leaves_with_path(params)
         raise ValueError(
             f"block_of names {', '.join(idle)}, which no parameter is in. There are "
-            f"{', '.join(path_name(path) for path, _ in paths)}."
+            f"{', '.join(leaf_names(params))}."
         )

@@ -151,7 +151,7 @@ def mask_by_importance(
         if needs_nonzero(importance) and first_ratio != 0:
             warn_of_zeros(flags, params)
         total = entries_of(flags, params)
-        if axis_name is None:  # else these may be parts
+        if total and axis_name is None:  # else these may be parts
             check_kept(first_ratio, total)
         scalar = lambda dtype: jnp.zeros((), dtype)
         return MaskByImportanceState(

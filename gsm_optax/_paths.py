@@ -1,21 +1,58 @@
 """Leaves and their names."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+# What flax puts around arrays, by the class that each of them inherits from: nnx.Param
+# and its like, and nn.Partitioned. By name, because flax need not be installed.
+_BOXES = {"Variable", "VariableState", "AxisMetadata"}
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Name a leaf, as in `dense/kernel`.
 
-    The boxes that flax puts around arrays (`nnx.Param`, `nn.Partitioned`) add a
-    `value` to the path, which is left away.
+def leaf_names(tree: Any) -> list[str]:
+    """Name all leaves of a tree, as in `dense/kernel`, in the order of `tree.leaves`.
+
+    The `value` that flax's boxes add to a path (`nnx.Param`, `nn.Partitioned`) is left
+    away; a field that is called so keeps its name. No two names are the same: leaves
+    that would share one, as `{"a": {"b": x}, "a/b": y}` has them, get their path as
+    JAX writes it, `['a']['b']` and `['a/b']`.
     """
-    box = jax.tree_util.GetAttrKey("value")
-    if len(path) > 1 and path[-1] == box:
-        path = path[:-1]
+    names = list(map(_name, leaf_paths(tree)))
+    times = Counter(names)
+    if len(times) == len(names):
+        return names
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        name if times[name] == 1 else jax.tree_util.keystr(path)
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_paths(tree: Any) -> Iterator[tuple[Any, ...]]:
+    """Paths of all leaves, in their order, without what flax's boxes add."""
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
+        if not _is_box(node):
+            yield path
+            continue
+        is_inside = lambda x, box=node: x is not box
+        for key, content in jax.tree_util.tree_leaves_with_path(node, is_inside):
+            added = key == (jax.tree_util.GetAttrKey("value"),)
+            for rest in leaf_paths(content):
+                yield path + rest if added else path + key + rest
+
+
+def _is_box(node: Any) -> bool:
+    return any(
+        base.__name__ in _BOXES and base.__module__.partition(".")[0] == "flax"
+        for base in type(node).__mro__
+    )
 
 
 def check_arrays(tree: Any) -> None:
@@ -23,11 +60,11 @@ def check_arrays(tree: Any) -> None:
 
     Numbers pass; so do shapes with a dtype, and float0 and PRNG keys.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
         try:
             jnp.result_type(leaf)
         except TypeError:
             raise ValueError(
-                f"{path_name(path)} is {leaf!r}, which is no array. Of an equinox "
+                f"{leaf_names(tree)[i]} is {leaf!r}, which is no array. Of an equinox "
                 "module give eqx.filter(model, eqx.is_inexact_array)."
             ) from None

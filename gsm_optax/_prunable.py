@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gsm_optax._paths import check_arrays
+from gsm_optax._paths import check_arrays, leaf_paths
 
 # A pytree prefix of bools, or a callable `params -> such a prefix`.
 Prunable = bool | Callable[[Any], Any] | Any
@@ -65,9 +65,14 @@ def kernels(params: Any) -> Any:
         >>> kernels({"kernel": jnp.ones((3, 2)), "bias": jnp.ones((3, 2))})
         {'bias': False, 'kernel': True}
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    shapes = {_names(path): jnp.shape(leaf) for path, leaf in leaves}
-    flags = [is_inexact(leaf) and _is_kernel(_names(p), shapes) for p, leaf in leaves]
+    leaves, treedef = jax.tree.flatten(params)
+    key_name = lambda key: jax.tree_util.keystr((key,), simple=True)
+    paths = [tuple(map(key_name, path)) for path in leaf_paths(params)]
+    shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
+    flags = [
+        is_inexact(leaf) and _is_kernel(path, shapes)
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, flags)
 
 
@@ -93,12 +98,6 @@ def _words(name: str) -> set[str]:
     """The words of a name: `LayerNorm_0` has layernorm, `in_scales` in and scale."""
     words = re.findall("[a-z]+", name.lower())
     return {*words, *(word.removesuffix("s") for word in words)}
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names on a path, but for the last of a box that flax puts around an array."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
 def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
@@ -238,8 +237,8 @@ def check_marks(marks: Any, flags: Any, params: Any) -> None:
     ]
     raise ValueError(
         f"the prunable leaves are now {', '.join(here) or 'none'}, which are "
-        "others than at init: the parameters have other shapes or names here (inside shard_map "
-        "a device may hold one row). Name them, with prunable= a tree of bools."
+        "others than at init: the parameters have other shapes or names here (inside "
+        "shard_map a device may hold one row). Name them: prunable= a tree of bools."
     )
 
 

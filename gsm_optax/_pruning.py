@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_ratio
+from gsm_optax._checks import check_kept, check_ratio, concrete
 from gsm_optax._importance import magnitude
+from gsm_optax._masking import find_state
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
-    kernels,
+    from_marks,
     prunable_tree,
 )
 from gsm_optax._reductions import order_key
@@ -20,7 +21,13 @@ from gsm_optax._selection import select
 from gsm_optax._words import Words, num_kept, to_words
 
 
-def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
+def magnitude_mask(
+    params: Any,
+    ratio: Any,
+    *,
+    prunable: Prunable | None = None,
+    opt_state: Any = None,
+) -> Any:
     r"""Mask of the :math:`Q` entries of greatest magnitude over the whole model.
 
     :math:`Q = N - \mathrm{round}(ratio \cdot N)` of the :math:`N` prunable entries.
@@ -32,15 +39,18 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
         ratio: fraction of the prunable entries to prune, in [0, 1): a float or a scalar
             array.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default the inexact leaves of rank 2 or more.
+            default `kernels`, told by name and shape.
+        opt_state: instead of `prunable`, the state of the optimizer that trained them:
+            the prunable leaves are then those that it chose among.
 
     Returns:
         A pytree like `params` with a bool array of the same shape at every leaf,
         `True` where the entry is kept. Leaves that are not prunable are all `True`.
 
     Raises:
-        ValueError: for a ratio outside [0, 1), if no leaf is prunable, or if `prunable`
-            does not match `params`.
+        ValueError: for a ratio outside [0, 1) or one that keeps nothing (a traced one
+            cannot be checked), if `params` has no leaf or none that is prunable, or if
+            `prunable` does not match it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,19 +65,36 @@ def magnitude_mask(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> 
     check_ratio(ratio)
     if callable(ratio):
         raise ValueError("ratio must be a number here, not a schedule.")
-    flags = prunable_tree(prunable, params)
-    check_any_prunable(flags, params)
     leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"params={params!r} has no leaves, so there is nothing to prune: was it "
+            "filtered by a name or a type that nothing has?"
+        )
+    flags = _flags(params, prunable, opt_state)
     leaves = list(map(jnp.asarray, leaves))
     flags = treedef.flatten_up_to(flags)
     chosen = [x for x, flag in zip(leaves, flags, strict=True) if flag]
     total = sum(x.size for x in chosen)
+    check_kept(concrete(ratio), total)
     kept = iter(greatest(chosen, num_kept(ratio, to_words(total))))
     mask = [
         next(kept) if flag else jnp.ones_like(x, bool)
         for x, flag in zip(leaves, flags, strict=True)
     ]
     return jax.tree.unflatten(treedef, mask)
+
+
+def _flags(params: Any, prunable: Prunable | None, opt_state: Any) -> Any:
+    """Which leaves are prunable: as told, or as the optimizer was."""
+    if opt_state is None:
+        flags = prunable_tree(prunable, params)
+    elif prunable is None:
+        flags = from_marks(find_state(opt_state).prunable, params)
+    else:
+        raise ValueError("give prunable= or opt_state=, not both: the state knows it.")
+    check_any_prunable(flags, params)
+    return flags
 
 
 def greatest(leaves: Sequence[jax.Array], kept: Words) -> list[jax.Array]:
@@ -90,7 +117,8 @@ def apply_mask(params: Any, mask: Any) -> Any:
     A winning ticket is `apply_mask(initial_params, mask)`.
 
     Args:
-        params: pytree of arrays.
+        params: pytree of arrays. Where it has a hole, None or `optax.MaskedNode`, for a
+            leaf or a whole branch, the hole stays.
         mask: the same tree with a bool array of the same shape at every leaf.
 
     Returns:
@@ -105,29 +133,47 @@ def apply_mask(params: Any, mask: Any) -> Any:
         >>> apply_mask([jnp.array([1.0, 2.0])], [jnp.array([True, False])])[0].tolist()
         [1.0, 0.0]
     """
-    _check_mask(mask, params)
-    return _apply(mask, params)
+    return _apply(_fitted(mask, params), params)
 
 
-def prune(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
+def prune(
+    params: Any,
+    ratio: Any,
+    *,
+    prunable: Prunable | None = None,
+    opt_state: Any = None,
+) -> Any:
     r"""Keep the entries of greatest magnitude over the whole model, zero the rest.
 
     `apply_mask(params, magnitude_mask(params, ratio))`. After training with `gsm` at
     the same ratio, and with a sufficient `decay_budget`, this costs no accuracy: what
     is removed is already almost zero.
 
+    To train on after it, begin with a fresh state, `opt_state = tx.init(params)`: the
+    old one has momentum for the pruned entries, which moves them all at the next step.
+    From a fresh one `gsm` leaves them at zero (under importances that are zero where
+    the weight is, as the default), and so does any optimizer with `freeze_pruned` last
+    in its chain. A fresh state begins its schedules anew. To keep them, and the
+    momentum of the rest, clear that of the pruned entries with their `magnitude_mask`::
+
+        clear = lambda m, kept: jnp.where(kept, m, jnp.zeros_like(m))
+        opt_state = optax.tree.map_params(tx, clear, opt_state, mask)
+
     Args:
         params: pytree of arrays, any shapes and dtypes.
         ratio: fraction of the prunable entries to prune, in [0, 1).
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
-            default the inexact leaves of rank 2 or more.
+            default `kernels`, told by name and shape.
+        opt_state: instead of `prunable`, the state of the optimizer that trained them:
+            the prunable leaves are then those that it chose among.
 
     Returns:
         A pytree like `params`, pruned entries exactly zero, everything else untouched.
 
     Raises:
-        ValueError: for a ratio outside [0, 1), if no leaf is prunable, or if `prunable`
-            does not match `params`.
+        ValueError: for a ratio outside [0, 1) or one that keeps nothing (a traced one
+            cannot be checked), if `params` has no leaf or none that is prunable, or if
+            `prunable` does not match it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,7 +182,8 @@ def prune(params: Any, ratio: Any, *, prunable: Prunable = kernels) -> Any:
         {'kernel': Array([[0., 0.],
                [3., 0.]], dtype=float32)}
     """
-    return _apply(magnitude_mask(params, ratio, prunable=prunable), params)
+    mask = magnitude_mask(params, ratio, prunable=prunable, opt_state=opt_state)
+    return _apply(mask, params)
 
 
 class FreezePrunedState(NamedTuple):
@@ -152,11 +199,18 @@ def freeze_pruned(mask: Any) -> optax.GradientTransformationExtraArgs:
     freeze_pruned(mask))` fine-tunes a pruned network or trains a winning ticket with
     its zeros staying exactly zero.
 
+    Entries that are not zero at the start stay at what they are: `prune` first. What
+    the optimizer in front holds for pruned entries, such as an old momentum, does not
+    reach them.
+
     The mask travels in the state, so that it is sharded, saved and restored with it.
+    Inside `optax.partition` or `optax.masked` the part of the whole model's mask that
+    belongs to these parameters is taken.
 
     Args:
         mask: pytree like the parameters with a bool array of the same shape at every
-            leaf, as `magnitude_mask` gives it.
+            leaf, as `magnitude_mask` gives it. Where parameters or gradients have a
+            hole (None, `optax.MaskedNode`), it may have leaves.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -178,9 +232,8 @@ def freeze_pruned(mask: Any) -> optax.GradientTransformationExtraArgs:
     def init_fn(params: Any) -> optax.OptState:
         if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params,
             return FreezePrunedState(params)  # which tells it where the mask is
-        _check_mask(mask, params)
         # A copy, so that donating the state does not delete the caller's mask.
-        return FreezePrunedState(jax.tree.map(jnp.copy, mask))
+        return FreezePrunedState(jax.tree.map(jnp.copy, _fitted(mask, params)))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -190,20 +243,39 @@ def freeze_pruned(mask: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _apply(mask: Any, tree: Any) -> Any:
-    # where, not a product: an infinite or NaN entry that is pruned becomes zero too.
-    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), mask, tree)
+    def or_zero(x, kept):
+        if _is_hole(x) or jnp.result_type(x) == jax.dtypes.float0:
+            return x
+        # Not a product: an infinite or NaN entry that is pruned becomes zero too.
+        return jnp.where(kept, x, jnp.zeros_like(x))
+
+    return jax.tree.map(or_zero, tree, mask, is_leaf=_is_hole)
 
 
-def _check_mask(mask: Any, params: Any) -> None:
-    if jax.tree.structure(mask) != jax.tree.structure(params):
+def _is_hole(value: Any) -> bool:
+    return value is None or isinstance(value, optax.MaskedNode)
+
+
+def _fitted(mask: Any, params: Any) -> Any:
+    """The mask, with holes where `params` has them; `ValueError` if it does not fit."""
+    try:
+        fitted = jax.tree.map(
+            lambda x, m: x if _is_hole(x) else m, params, mask, is_leaf=_is_hole
+        )
+        same = jax.tree.structure(fitted) == jax.tree.structure(params)
+    except ValueError:
+        same = False
+    if not same:
         raise ValueError(
             "mask has another tree structure than the parameters:\n"
             f"  mask       {jax.tree.structure(mask)}\n"
             f"  parameters {jax.tree.structure(params)}\n"
-            "Make it with magnitude_mask(params, ratio)."
+            "Make it with magnitude_mask(params, ratio), of the same tree."
         )
     for (path, m), x in zip(
-        jax.tree_util.tree_leaves_with_path(mask), jax.tree.leaves(params), strict=True
+        jax.tree_util.tree_leaves_with_path(fitted),
+        jax.tree.leaves(params),
+        strict=True,
     ):
         if jnp.result_type(m) != jnp.bool_ or jnp.shape(m) != jnp.shape(x):
             raise ValueError(
@@ -211,3 +283,4 @@ def _check_mask(mask: Any, params: Any) -> None:
                 f"{list(jnp.shape(m))}, but must be bool{list(jnp.shape(x))}, "
                 "the shape of the parameter."
             )
+    return fitted

@@ -11,7 +11,7 @@ import numpy as np
 from gsm_optax._histogram import EXPONENTS, histograms
 from gsm_optax._masking import find_state
 from gsm_optax._metrics import NEAR_ZERO, metrics
-from gsm_optax._paths import path_name
+from gsm_optax._paths import leaf_names
 from gsm_optax._prunable import from_marks
 
 _BELOW = 2 + EXPONENTS.index(round(np.log10(NEAR_ZERO)))
@@ -73,9 +73,8 @@ class Recorder:
         left = self.decay_left(step) if self.decay_left else None
         watched = metrics(params, opt_state, decay_left=left)
         flags = jax.tree.leaves(from_marks(find_state(opt_state).prunable, params))
-        chosen = list(compress(jax.tree.leaves_with_path(params), flags))
-        classes = histograms([leaf for _, leaf in chosen])
-        paths = [path_name(path) for path, _ in chosen]
+        paths = list(compress(leaf_names(params), flags))
+        classes = histograms(list(compress(jax.tree.leaves(params), flags)))
         self.records.append(
             {"step": step}
             | {name: value.item() for name, value in watched.items()}

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from gsm_optax._histogram import EXPONENTS, histograms
-from gsm_optax._paths import check_arrays, path_name
-from gsm_optax._prunable import Prunable, kernels, prunable_tree
+from gsm_optax._paths import check_arrays, leaf_names
+from gsm_optax._prunable import Prunable, prunable_tree
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
 EDGES = tuple(10.0**exponent for exponent in DECADES)
@@ -23,8 +23,12 @@ MAGNITUDES = (
     *(f"1e{a} to 1e{b}" for a, b in pairwise(DECADES)),
     "1 and above",
     "NaN",
+    "no magnitude",
 )
-"""Names of the magnitude classes, in the order of `LeafSparsity.magnitudes`."""
+"""Names of the magnitude classes, in the order of `LeafSparsity.magnitudes`.
+
+The last is of entries that are no numbers: PRNG keys.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LeafSparsity:
 
     @property
     def nonzero(self) -> int:
-        """Number of entries that are not exactly zero (NaN included)."""
+        """Number of entries that are not exactly zero (NaN and PRNG keys included)."""
         return self.entries - self.magnitudes[0]
 
     @property
@@ -65,7 +69,7 @@ class LeafSparsity:
             magnitude: one of 1e-8, 1e-7, ..., 1.
 
         Returns:
-            A fraction in [0, 1], zeros included and NaN not.
+            A fraction in [0, 1], zeros included and NaN not, nor PRNG keys.
 
         Raises:
             ValueError: if `magnitude` is not one of the edges that were counted.
@@ -111,7 +115,7 @@ class SparsityReport:
     def to_markdown(self) -> str:
         """Return the table of leaves and totals in GitHub's Markdown."""
         head, *rows = _table(self)
-        lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+        lines = [head, [*["---"] * 3, *["---:"] * (len(head) - 3)], *rows]
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
@@ -137,7 +141,7 @@ class SparsityReport:
 
 
 def sparsity_report(
-    params_or_mask: Any, *, prunable: Prunable = kernels
+    params_or_mask: Any, *, prunable: Prunable | None = None
 ) -> SparsityReport:
     """Count the zeros of every leaf, and the magnitudes of the rest by decade.
 
@@ -146,10 +150,12 @@ def sparsity_report(
 
     Args:
         params_or_mask: pytree of arrays of any shape and dtype: parameters, or a mask
-            of bools (`False` counts as zero).
+            of bools (`False` counts as zero). What else a model's state holds is
+            counted too: counters by their value, float0 as zeros, and PRNG keys as
+            entries that are not zero and have no magnitude.
         prunable: which leaves the totals by magnitude are taken over: pytree prefix of
-            bools, or a callable `params -> such a prefix`. By default leaves of rank 2
-            or more.
+            bools, or a callable `params -> such a prefix`. By default
+            `kernels`, told by name and shape.
 
     Returns:
         A `SparsityReport`: `print(report)` is an aligned table, in a notebook it is
@@ -167,11 +173,11 @@ def sparsity_report(
         ...     "kernel": jnp.array([[0.0, 3e-5], [0.0, 0.2], [0.0, 0.1]]),
         ... })
         >>> print(report)
-        path      shape  entries  non-zero  density  compression
-        bias      2            2         2  100.00%         1.0x
-        kernel    3x2          6         3   50.00%         2.0x
-        prunable               6         3   50.00%         2.0x
-        all                    8         5   62.50%         1.6x
+        path      shape  prunable  entries  non-zero  density  compression
+        bias      2                      2         2  100.00%         1.0x
+        kernel    3x2    yes             6         3   50.00%         2.0x
+        prunable                         6         3   50.00%         2.0x
+        all                              8         5   62.50%         1.6x
         <BLANKLINE>
         magnitude of the prunable entries
         exactly 0     3  50.00%  ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇
@@ -187,12 +193,17 @@ def sparsity_report(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _countable(x)), params_or_mask
     )
     flags = jax.tree.leaves(prunable_tree(prunable, shapes))
-    leaves = jax.tree_util.tree_leaves_with_path(params_or_mask)
-    counted = histograms([leaf for _, leaf in leaves])
+    names, leaves = leaf_names(params_or_mask), jax.tree.leaves(params_or_mask)
+    counted = iter(histograms([x for x in leaves if _is_number(x)]))
     return SparsityReport(
         tuple(
-            LeafSparsity(path_name(path), jnp.shape(leaf), flag, _by_decade(classes))
-            for (path, leaf), flag, classes in zip(leaves, flags, counted, strict=True)
+            LeafSparsity(
+                name,
+                jnp.shape(leaf),
+                flag,
+                _by_decade(next(counted)) if _is_number(leaf) else _no_numbers(leaf),
+            )
+            for name, leaf, flag in zip(names, leaves, flags, strict=True)
         )
     )
 
@@ -202,12 +213,24 @@ def _countable(leaf: Any) -> Any:
     return jnp.float32 if dtype == jnp.bool_ else dtype
 
 
+def _is_number(leaf: Any) -> bool:
+    """Whether it can be compared: not so float0, a gradient of integers, and keys."""
+    dtype = jnp.result_type(leaf)
+    return dtype != jax.dtypes.float0 and not jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def _no_numbers(leaf: Any) -> tuple[int, ...]:
+    entries, others = math.prod(jnp.shape(leaf)), (0,) * (len(MAGNITUDES) - 1)
+    is_zero = jnp.result_type(leaf) == jax.dtypes.float0
+    return (entries, *others) if is_zero else (*others, entries)
+
+
 def _by_decade(classes: list[int]) -> tuple[int, ...]:
     """Counts by `MAGNITUDES` from those of a histogram, whose edges are closer."""
     zero, *below, nan = classes
     edges = [EXPONENTS.index(float(decade)) + 1 for decade in DECADES]
     bounds = [0, *edges, len(below)]
-    return zero, *(sum(below[a:b]) for a, b in pairwise(bounds)), nan
+    return zero, *(sum(below[a:b]) for a, b in pairwise(bounds)), nan, 0
 
 
 def _together(path: str, leaves: Iterable[LeafSparsity]) -> LeafSparsity:
@@ -217,11 +240,20 @@ def _together(path: str, leaves: Iterable[LeafSparsity]) -> LeafSparsity:
 
 
 def _table(report: SparsityReport) -> list[list[str]]:
-    head = ["path", "shape", "entries", "non-zero", "density", "compression"]
+    head = [
+        "path",
+        "shape",
+        "prunable",
+        "entries",
+        "non-zero",
+        "density",
+        "compression",
+    ]
     rows = [
         [
             leaf.path,
             "x".join(map(str, leaf.shape)) if leaf.shape is not None else "",
+            "yes" if leaf.prunable and leaf.shape is not None else "",
             f"{leaf.entries:,}",
             f"{leaf.nonzero:,}",
             f"{leaf.density:.2%}",
@@ -252,7 +284,7 @@ def _magnitude_rows(leaf: LeafSparsity) -> list[tuple[str, str, str, float]]:
 def _align(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Words to the left, numbers to the right, and bars to the left again.
-    words = {0, 1} if len(widths) == 6 else {0, 3}
+    words = {0, 1, 2} if len(widths) == 7 else {0, 3}
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i in words else cell.rjust(width)
@@ -264,7 +296,7 @@ def _align(rows: list[list[str]]) -> str:
 
 def _html_rows(rows: list[list[str]], tag: str) -> str:
     def cell(i: int, text: str) -> str:
-        side = "left" if i < 2 else "right"
+        side = "left" if i < 3 else "right"
         return f"<{tag} style='text-align:{side}'>{html.escape(text)}</{tag}>"
 
     cells = ("".join(cell(i, text) for i, text in enumerate(row)) for row in rows)

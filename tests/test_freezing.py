@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -524,6 +525,19 @@ def test_prefixes_are_whole_names_and_the_longest_counts():
     updates, _ = tx.update(params, tx.init(params), params)
     moved = jax.tree.map(lambda u: bool(u.any()), updates)
     assert moved == {"dense": True, "dense2": {"a": False, "b": True}}
+
+
+def test_a_field_called_value_is_frozen_by_its_name():
+    class Attention(NamedTuple):
+        query: jax.Array
+        value: jax.Array
+
+    params = {"attn": Attention(jnp.ones(2), jnp.ones(2)), "head": jnp.ones(2)}
+    blocks = ["attn/value", "attn/query", "head"]
+    tx = freeze_blocks(optax.sgd(1.0), given_by([1]), blocks)
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved = jax.tree.map(lambda u: bool(u.any()), updates)
+    assert moved == {"attn": Attention(query=True, value=False), "head": True}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,14 @@ def attention():
 
 def nnx_stack():
     make = nnx.vmap(Block, in_axes=0, out_axes=0)
-    return nnx.state(make(nnx.Rngs(0).fork(split=4)), nnx.Param)
+    return nnx.state(
+        make(
+            nnx.Rngs(0).split(4)
+            if hasattr(nnx.Rngs, "split")
+            else nnx.Rngs(0).fork(split=4)
+        ),
+        nnx.Param,
+    )
 
 
 class Body(linen.Module):

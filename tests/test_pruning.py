@@ -7,7 +7,13 @@ import optax
 import pytest
 from oracle import active, budget
 
-from gsm_optax import apply_mask, freeze_pruned, magnitude_mask, prune
+from gsm_optax import (
+    apply_mask,
+    freeze_pruned,
+    gsm_sgd,
+    magnitude_mask,
+    prune,
+)
 
 
 def random_tree(seed=0, dtype=jnp.float32):
@@ -21,7 +27,7 @@ def random_tree(seed=0, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1 - 1 / 60, 0.9999])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1 - 1 / 60, 0.9995])
 def test_the_q_greatest_of_the_whole_model_survive(ratio, dtype):
     params = random_tree(dtype=dtype)
     pruned = prune(params, ratio)
@@ -60,15 +66,15 @@ def test_pruned_entries_are_exactly_zero_even_where_they_were_not_finite():
 
 
 def test_nan_is_kept_first():
-    params = jnp.array([[1.0, jnp.nan, jnp.inf, 3.0]])
-    assert magnitude_mask(params, 0.75).tolist() == [[False, True, False, False]]
-    assert magnitude_mask(params, 0.5).tolist() == [[False, True, True, False]]
+    params = jnp.array([[1.0, jnp.nan], [jnp.inf, 3.0]])
+    assert magnitude_mask(params, 0.75).tolist() == [[False, True], [False, False]]
+    assert magnitude_mask(params, 0.5).tolist() == [[False, True], [True, False]]
 
 
 def test_ties_are_kept_and_zeros_are_not():
-    params = jnp.array([[0.0, 1.0, -1.0, 0.0, 2.0, 1.0]])
-    assert magnitude_mask(params, 0.5).astype(int).tolist() == [[0, 1, 1, 0, 1, 1]]
-    assert magnitude_mask(params, 0.1).astype(int).tolist() == [[0, 1, 1, 0, 1, 1]]
+    params = jnp.array([[0.0, 1.0, -1.0], [0.0, 2.0, 1.0]])
+    assert magnitude_mask(params, 0.5).astype(int).tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert magnitude_mask(params, 0.1).astype(int).tolist() == [[0, 1, 1], [0, 1, 1]]
     assert magnitude_mask(params, 0.0).all()
 
 
@@ -90,6 +96,9 @@ def test_pruning_works_inside_jit_with_a_traced_ratio():
     jax.tree.map(np.testing.assert_array_equal, jitted, prune(params, 0.5))
 
 
+FORTY = {"kernel": jnp.ones((4, 10))}
+
+
 @pytest.mark.parametrize(
     ("params", "ratio", "message"),
     [
@@ -97,11 +106,42 @@ def test_pruning_works_inside_jit_with_a_traced_ratio():
         (random_tree(), -1, "ratio=-1 is outside"),
         (random_tree(), lambda step: 0.5, "not a schedule"),
         ({"bias": jnp.ones(3)}, 0.5, "no leaf is prunable"),
+        ({}, 0.5, r"params=\{\} has no leaves.* filtered"),
+        ({"kernel": None}, 0.5, r"has no leaves"),
+        (FORTY, 0.99, r"ratio=0.99 keeps none of the 40 .*ratio=0.975 \(1-1/40\)"),
+        (FORTY, np.float32(0.99), "keeps none of the 40"),
+        (FORTY, np.array(0.99), "keeps none of the 40"),
+        (FORTY, jnp.array(0.99), "keeps none of the 40"),
+        ({"kernel": jnp.ones((4, 0))}, 0.5, "none of the 0 prunable entries.*empty"),
     ],
 )
 def test_bad_input_is_refused(params, ratio, message):
     with pytest.raises(ValueError, match=message):
         prune(params, ratio)
+    with pytest.raises(ValueError, match=message):  # what is known stays known
+        jax.jit(lambda params: magnitude_mask(params, ratio))(params)
+
+
+def test_the_ratio_that_the_error_offers_keeps_one():
+    kernel = jnp.arange(40.0).reshape(5, 8)
+    assert jnp.count_nonzero(prune(kernel, 0.975)) == 1
+
+
+def test_no_prunable_is_the_default():
+    params = random_tree()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        prune(params, 0.5, prunable=None),
+        prune(params, 0.5),
+    )
+
+
+def test_keys_and_counters_stay_as_they_are():
+    params = {"kernel": jnp.ones((2, 2)), "key": jax.random.key(0), "count": 3}
+    pruned = prune(params | {"none": np.zeros(2, jax.dtypes.float0)}, 0.5)
+    assert pruned["key"] == params["key"]
+    assert pruned["count"] == 3
+    assert pruned["none"].dtype == jax.dtypes.float0
 
 
 BAD_MASKS = [
@@ -156,3 +196,106 @@ def test_donating_the_state_leaves_the_callers_mask_alive():
     for _ in range(2):
         _, state = update(params, state, params)
     assert mask.all()
+
+
+# Training on after pruning
+
+
+def clear(m, kept):
+    return jnp.where(kept, m, jnp.zeros_like(m))
+
+
+WAYS = {
+    "the old state": (lambda tx, mask, state, params: (tx, state), 1.0),
+    "a fresh state": (lambda tx, mask, state, params: (tx, tx.init(params)), 0.2),
+    "cleared momentum": (
+        lambda tx, mask, state, params: (
+            tx,
+            optax.tree.map_params(tx, clear, state, mask),
+        ),
+        0.2,
+    ),
+    "freeze_pruned": (
+        lambda tx, mask, state, params: (
+            optax.chain(tx, freeze_pruned(mask)),
+            (state, freeze_pruned(mask).init(params)),
+        ),
+        0.2,
+    ),
+}
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("way", WAYS)
+def test_what_keeps_the_zeros_of_pruning_in_mid_training(way):
+    """As `prune` and the README say: the old momentum revives them, these lines not."""
+    prepare, density = WAYS[way]
+    params = {"kernel": random_tree()["dense"]["kernel"]}
+    tx = gsm_sgd(0.1, ratio=0.8)
+    state = tx.init(params)
+    grads = {"kernel": random_tree(1)["dense"]["kernel"]}
+    _, state = tx.update(grads, state, params)
+    mask = magnitude_mask(params, 0.8)
+    params = prune(params, 0.8)
+    tx, state = prepare(tx, mask, state, params)
+    for seed in (2, 3):
+        grads = {"kernel": random_tree(seed)["dense"]["kernel"]}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert jnp.count_nonzero(params["kernel"]) == density * 2000
+
+
+# Trees with holes
+
+
+def two_kernels():
+    kernel = jnp.arange(1.0, 9).reshape(2, 4)
+    return {"first": {"a": kernel, "b": kernel}, "last": {"kernel": kernel}}
+
+
+LABELS = [  # a whole branch, or a leaf, is another's
+    {"first": "train", "last": "hold"},
+    {"first": {"a": "train", "b": "hold"}, "last": "train"},
+]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_the_whole_mask_is_right_for_a_part_of_the_model(labels):
+    params = two_kernels()
+    mask = magnitude_mask(params, 0.5)
+    inner = optax.chain(optax.sgd(0.1, momentum=0.9), freeze_pruned(mask))
+    txs = {"train": inner, "hold": optax.set_to_zero()}
+    part = jax.tree.map(lambda label: label == "train", labels)
+    full = jax.tree.broadcast(part, params)
+    kept_and_trained = jax.tree.map(lambda m, t: m & jnp.array(t), mask, full)
+    kept_or_other = jax.tree.map(lambda m, t: m | ~jnp.array(t), mask, full)
+    for tx, moved in [
+        (optax.partition(txs, labels), kept_and_trained),
+        (optax.masked(freeze_pruned(mask), part), kept_or_other),
+    ]:
+        state = tx.init(params)
+        updates, new = jax.jit(tx.update)(params, state, params)
+        got = jax.tree.map(lambda u: u != 0, updates)
+        jax.tree.map(np.testing.assert_array_equal, got, moved)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        shapes = optax.tree.map_params(tx, jnp.shape, state)  # a mask is like params
+        assert (2, 4) in jax.tree.leaves(shapes, is_leaf=lambda x: x == (2, 4))
+
+
+def test_none_gradients_and_parameters_pass():
+    params = two_kernels()
+    mask = magnitude_mask(params, 0.5)
+    tx = freeze_pruned(mask)
+    grads = params | {"first": None}
+    for start in (params, grads):
+        updates, _ = tx.update(grads, tx.init(start), start)
+        assert updates["first"] is None
+        np.testing.assert_array_equal(updates["last"]["kernel"][0], 0)
+    assert apply_mask(grads, mask)["first"] is None
+
+
+def test_a_mask_with_holes_of_its_own_is_refused():
+    params = two_kernels()
+    mask = magnitude_mask(params, 0.5) | {"first": None}
+    with pytest.raises(ValueError, match="another tree structure"):
+        freeze_pruned(mask).init(params)

@@ -4,9 +4,11 @@ import json
 import math
 from html.parser import HTMLParser
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gsm_optax import magnitude_mask, prune, sparsity_report
 from gsm_optax.report import MAGNITUDES
@@ -74,6 +76,40 @@ def test_odd_leaves_are_shown(leaf):
     assert "odd" in report.to_markdown()
 
 
+def with_dropout():
+    """A state with what nnx keeps for Dropout, and other leaves that are no weights."""
+    dropout = nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    return {
+        "complex": jnp.array([[3j, 0]], jnp.complex64),
+        "drop": dropout,
+        "kernel": jnp.full((2, 2), 0.5),
+        "raw": jax.random.PRNGKey(7),  # the older uint32 keys
+        "steps": np.zeros(3, jax.dtypes.float0),
+        "streams": jax.random.split(jax.random.key(0), 4),
+    }
+
+
+def test_keys_and_counters_are_leaves_like_others():
+    report = sparsity_report(with_dropout())
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    assert {path: (x.entries, x.nonzero) for path, x in leaves.items()} == {
+        "complex": (2, 1),
+        "drop/rngs/count": (1, 0),
+        "drop/rngs/key": (1, 1),
+        "kernel": (4, 4),
+        "raw": (2, 1),
+        "steps": (3, 0),
+        "streams": (4, 4),
+    }
+    classes = dict(zip(MAGNITUDES, leaves["streams"].magnitudes, strict=True))
+    assert classes["no magnitude"] == 4
+    assert report.total.entries == 17
+    assert not any(x.prunable for path, x in leaves.items() if "/" in path)
+    assert "no magnitude" not in str(report)  # which is of the prunable entries
+    assert "| drop/rngs/key |" in report.to_markdown()
+    json.dumps(report.to_records())
+
+
 def test_text_is_aligned():
     lines = (
         str(sparsity_report(prune(random_tree(), 0.75))).split("\n\n")[0].splitlines()
@@ -88,7 +124,7 @@ def test_text_is_aligned():
 def test_markdown_has_one_row_a_leaf():
     rows = sparsity_report(random_tree()).to_markdown().splitlines()
     assert len(rows) == 2 + 3 + 2
-    assert {row.count("|") for row in rows} == {7}
+    assert {row.count("|") for row in rows} == {8}
 
 
 def test_records_survive_json():

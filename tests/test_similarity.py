@@ -1,5 +1,7 @@
 """linear_cka, LinearCKA, mask_overlap, structural_similarity: against definitions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,21 @@ def definition(x, y):
     return norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
 
 
+def debiased_definition(x, y):
+    """HSIC of Song et al. (2012), equation 4, in place of each norm; in float64."""
+    n = len(x)
+    one = np.ones(n)
+    grams = [np.asarray(a, np.float64) @ np.asarray(a, np.float64).T for a in (x, y)]
+    k, l = (gram - np.diag(np.diag(gram)) for gram in grams)  # noqa: E741
+
+    def hsic(k, l):  # noqa: E741
+        both = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
+        whole = np.trace(k @ l) + both - 2 / (n - 2) * (one @ k @ l @ one)
+        return whole / (n * (n - 3))
+
+    return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
+
+
 def draw(seed, rows=40, p=6, q=9):
     """Two layers that have something in common, off their origin."""
     rng = np.random.default_rng(seed)
@@ -43,6 +60,9 @@ def streamed(x, y, batch):
 seeds = st.integers(0, 1000)
 
 
+debiased = jax.jit(partial(linear_cka, debiased=True))
+
+
 @few
 @given(seed=seeds, rows=st.sampled_from([2, 5, 40]))
 def test_values_are_the_definition(seed, rows):
@@ -58,13 +78,52 @@ def test_streaming_gives_the_value_of_all_rows(seed, batch):
     np.testing.assert_allclose(streamed(x, y, batch), definition(x, y), rtol=1e-4)
 
 
+@few
+@given(seed=seeds, rows=st.sampled_from([4, 40]))
+def test_debiased_values_are_the_definition(seed, rows):
+    x, y = draw(seed, rows)
+    wanted = debiased_definition(x, y)
+    np.testing.assert_allclose(debiased(x, y), wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(debiased(y, x), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("features", [8, 1000])
+def test_only_the_debiased_value_of_independent_layers_is_near_zero(features):
+    def both(key):
+        x, y = (jax.random.normal(k, (32, features)) for k in jax.random.split(key))
+        return linear_cka(x, y), debiased(x, y)
+
+    keys = jax.random.split(jax.random.key(0), 50)
+    biased, unbiased = jax.jit(jax.vmap(both))(keys)
+    assert jnp.mean(biased) > (0.19 if features == 8 else 0.96)
+    assert abs(jnp.mean(unbiased)) < 0.02
+    assert jnp.min(unbiased) < 0
+
+
+def test_a_debiased_value_that_rounding_hides_is_nan():
+    """The definition has 0/0 here, and float32 something divided by as little."""
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.normal(size=(50, 3)), jnp.float32)
+    one_apart = jnp.full((50, 3), 0.1).at[7].set(1.0)
+    for x in (one_apart, jnp.full((50, 3), 0.1), one_apart.repeat(30, 1)):
+        assert jnp.isnan(debiased(x, y))
+        assert jnp.isnan(debiased(y, x))
+    assert jnp.isnan(debiased(jnp.eye(6) * 3 + 0.7, y[:6]))
+
+
+def test_three_examples_are_too_few_to_debias():
+    x = jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=r"x\[3, 2\].* 3 rows, .* needs 4 or more"):
+        linear_cka(x, x, debiased=True)
+
+
 def orthogonal(seed, n):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
 
 
 @few
 @given(seed=seeds, scale=st.floats(1e-15, 1e15), shift=st.floats(-100, 100))
-@pytest.mark.parametrize("cka", [linear_cka, lambda x, y: streamed(x, y, 13)])
+@pytest.mark.parametrize("cka", [linear_cka, lambda x, y: streamed(x, y, 13), debiased])
 def test_rotations_scales_and_shifts_change_nothing(cka, seed, scale, shift):
     x, y = draw(seed)
     turned = np.asarray(x, np.float64) @ orthogonal(seed, 6) * scale
