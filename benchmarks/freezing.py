@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 from matplotlib import pyplot as plt
 
-from gsm_optax import freeze_blocks, single_shot, stop_frozen_gradients
+from gsm_optax.freezing import freeze_blocks, single_shot, stop_frozen_gradients
 
 sys.path.append(str(Path(__file__).parent.parent))
 from examples.paper.models import create

@@ -7,7 +7,12 @@ import argparse
 
 import matplotlib
 
-from gsm_optax import delayed_periodic, periodic, single_shot, single_shot_resume
+from gsm_optax.freezing import (
+    delayed_periodic,
+    periodic,
+    single_shot,
+    single_shot_resume,
+)
 
 matplotlib.use("Agg")
 

@@ -28,19 +28,20 @@ from tqdm import tqdm
 from examples.paper.data import load
 from gsm_optax import (
     apply_mask,
+    gsm_sgd,
+    magnitude_mask,
+    prune,
+)
+from gsm_optax.freezing import (
     delayed_periodic,
     freeze_blocks,
     freezing_saving,
-    gsm_sgd,
-    linear_cka,
-    magnitude_mask,
     periodic,
-    prune,
     single_shot,
     single_shot_resume,
     single_shot_start,
-    structural_similarity,
 )
+from gsm_optax.similarity import linear_cka, structural_similarity
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

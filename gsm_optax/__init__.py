@@ -1,18 +1,5 @@
 """Global Sparse Momentum SGD: prune JAX networks while they train."""
 
-from gsm_optax._freezing import (
-    FreezeBlocksState as FreezeBlocksState,
-    freeze_blocks as freeze_blocks,
-    stop_frozen_gradients as stop_frozen_gradients,
-)
-from gsm_optax._freezing_schedules import (
-    delayed_periodic as delayed_periodic,
-    freezing_saving as freezing_saving,
-    periodic as periodic,
-    single_shot as single_shot,
-    single_shot_resume as single_shot_resume,
-    single_shot_start as single_shot_start,
-)
 from gsm_optax._gsm import gsm as gsm, gsm_sgd as gsm_sgd
 from gsm_optax._importance import (
     gradient_importance as gradient_importance,
@@ -38,12 +25,6 @@ from gsm_optax._pruning import (
     prune as prune,
 )
 from gsm_optax._recording import Recorder as Recorder
-from gsm_optax._similarity import (
-    LinearCKA as LinearCKA,
-    linear_cka as linear_cka,
-    mask_overlap as mask_overlap,
-    structural_similarity as structural_similarity,
-)
 from gsm_optax.report import (
     SparsityReport as SparsityReport,
     sparsity_report as sparsity_report,

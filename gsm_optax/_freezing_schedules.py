@@ -46,7 +46,7 @@ def single_shot(start: int, interval: int, blocks: int) -> FreezingSchedule:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import single_shot
+        >>> from gsm_optax.freezing import single_shot
         >>> single_shot(start=4, interval=2, blocks=3)(jnp.arange(12)).tolist()
         [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     """
@@ -93,7 +93,7 @@ def single_shot_resume(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import single_shot_resume
+        >>> from gsm_optax.freezing import single_shot_resume
         >>> schedule = single_shot_resume(4, 2, blocks=3, steps=12, resume=3)
         >>> schedule(jnp.arange(12)).tolist()
         [0, 1, 1, 2, 2, 3, 3, 3, 3, 0, 0, 0]
@@ -141,7 +141,7 @@ def periodic(periods: Sequence[int], interval: int) -> FreezingSchedule:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import periodic
+        >>> from gsm_optax.freezing import periodic
         >>> periodic(periods=(4, 2, 1), interval=1)(jnp.arange(12)).tolist()
         [0, 2, 1, 2, 0, 2, 1, 2, 0, 2, 1, 2]
     """
@@ -181,7 +181,7 @@ def delayed_periodic(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import delayed_periodic
+        >>> from gsm_optax.freezing import delayed_periodic
         >>> delayed_periodic(5, periods=(4, 2, 1), interval=1)(jnp.arange(12)).tolist()
         [0, 0, 0, 0, 0, 0, 2, 1, 2, 0, 2, 1]
     """
@@ -230,7 +230,7 @@ def freezing_saving(
             freezes more blocks than there are.
 
     Example:
-        >>> from gsm_optax import freezing_saving, single_shot
+        >>> from gsm_optax.freezing import freezing_saving, single_shot
         >>> schedule = single_shot(start=60, interval=10, blocks=2)
         >>> freezing_saving(schedule, 100, forward=[1, 1, 1], backward=[2, 2, 1])
         0.17...
@@ -275,7 +275,7 @@ def single_shot_start(
             their range.
 
     Example:
-        >>> from gsm_optax import single_shot_start
+        >>> from gsm_optax.freezing import single_shot_start
         >>> costs = {"forward": [1, 1, 1], "backward": [2, 2, 1]}
         >>> single_shot_start(0.15, 100, interval=10, blocks=2, **costs)
         65

@@ -19,7 +19,7 @@ class LinearCKA(NamedTuple):
 
     Example:
         >>> import jax
-        >>> from gsm_optax import LinearCKA
+        >>> from gsm_optax.similarity import LinearCKA
         >>> x = jax.random.normal(jax.random.key(0), (100, 4))
         >>> cka = LinearCKA.start(4, 8)
         >>> for batch in x.reshape(4, 25, 4):
@@ -125,7 +125,7 @@ def linear_cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Arr
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from gsm_optax import linear_cka
+        >>> from gsm_optax.similarity import linear_cka
         >>> x = jax.random.normal(jax.random.key(0), (100, 2))
         >>> print(f"{linear_cka(x, 3 * x[:, ::-1] + 1):.3f}")
         1.000
@@ -217,7 +217,7 @@ def mask_overlap(a: Any, b: Any) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import mask_overlap
+        >>> from gsm_optax.similarity import mask_overlap
         >>> a, b = jnp.array([True, True, False]), jnp.array([False, True, True])
         >>> print(mask_overlap(a, b))
         0.5
@@ -261,7 +261,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from gsm_optax import structural_similarity
+        >>> from gsm_optax.similarity import structural_similarity
         >>> a, b = jnp.array([4.0, -3.0, 2.0, 1.0, 0.0]), jnp.array([4.0, 1, 2, 0.5, 0])
         >>> print(structural_similarity(a, b))
         0.5

@@ -217,7 +217,8 @@ def frozen_blocks(
         the bottom; what is filled is frozen.
 
     Example:
-        >>> from gsm_optax import periodic, plot, single_shot
+        >>> from gsm_optax import plot
+        >>> from gsm_optax.freezing import periodic, single_shot
         >>> schedules = {"single-shot": single_shot(40, interval=20, blocks=3)}
         >>> schedules["periodic"] = periodic((4, 2, 2, 1), interval=10)
         >>> figure = plot.frozen_blocks(schedules, steps=100, blocks=4)

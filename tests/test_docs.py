@@ -125,7 +125,7 @@ def public_objects():
                 inspect.isclass(value) or inspect.isfunction(value)
             ):
                 continue
-            if module is gsm_optax or value.__module__ == module.__name__:
+            if value.__module__.startswith("gsm_optax"):
                 found.setdefault(value, f"{module.__name__}.{name}")
     return found
 

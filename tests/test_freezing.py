@@ -17,13 +17,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from oracle import active, budget
 
 from gsm_optax import (
-    delayed_periodic,
-    freeze_blocks,
-    freezing_saving,
     gsm,
     gsm_sgd,
     magnitude_importance,
     mask_by_importance,
+)
+from gsm_optax.freezing import (
+    delayed_periodic,
+    freeze_blocks,
+    freezing_saving,
     periodic,
     single_shot,
     single_shot_resume,

@@ -9,7 +9,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from gsm_optax import Recorder, gsm_sgd, periodic, single_shot
+from gsm_optax import Recorder, gsm_sgd
+from gsm_optax.freezing import periodic, single_shot
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from gsm_optax import (
+from gsm_optax import magnitude_mask
+from gsm_optax.similarity import (
     LinearCKA,
     linear_cka,
-    magnitude_mask,
     mask_overlap,
     structural_similarity,
 )
