@@ -153,7 +153,8 @@ def stop_frozen_gradients(params: Any, num_frozen: int, block_of: Blocks) -> Any
     Example:
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp, optax
-        >>> from gsm_optax.freezing import freeze_blocks, single_shot, stop_frozen_gradients
+        >>> from gsm_optax.freezing import freeze_blocks, single_shot
+        >>> from gsm_optax.freezing import stop_frozen_gradients
         >>> blocks, schedule = ["first", "last"], single_shot(2, interval=1, blocks=1)
         >>> tx = freeze_blocks(optax.sgd(0.1, momentum=0.9), schedule, blocks)
         >>> @partial(jax.jit, static_argnames="num_frozen")

@@ -125,7 +125,9 @@ def public_objects():
                 inspect.isclass(value) or inspect.isfunction(value)
             ):
                 continue
-            if value.__module__.startswith("gsm_optax"):
+            # gsm_optax.freezing is made of _freezing and _freezing_schedules.
+            own = module.__name__, module.__name__.replace(".", "._")
+            if module is gsm_optax or value.__module__.startswith(own):
                 found.setdefault(value, f"{module.__name__}.{name}")
     return found
 
