@@ -6,6 +6,26 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# What `pytest -m core` runs, which is to pass on any Python and JAX within two minutes:
+CORE = (
+    "test_selection",
+    "test_masking",
+    "test_sharding",
+    "test_freezing",
+    "test_contracts",
+)
+# files whose name starts like one of these, without their slowest tests.
+NOT_CORE = ()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the core tests."""
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        slow = item.get_closest_marker("slow") or name in NOT_CORE
+        if item.path.stem.startswith(CORE) and not slow:
+            item.add_marker("core")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
