@@ -54,10 +54,8 @@ QUICK_TREES = {
     "equal1500": partial(trees.equal, 2, 16),
 }
 QUICK_RUNS = [("equal1500", "bfloat16")]
-STEP_HEAD = (
-    ["", "ms", "q1 - q3", "ratio", "q1 - q3", "compile s", "temporary"]
-    + ["scored", "launches", "in loops"]  # see `show_steps`
-)
+STEP_HEAD = ["", "ms", "q1 - q3", "ratio", "q1 - q3", "compile s", "temporary"]
+STEP_HEAD += ["scored", "launches", "in loops"]  # see `show_steps`
 TRAINING_HEAD = ["", "ms", "q1 - q3", "compile s", "share of the step"]
 
 
@@ -171,7 +169,7 @@ OURS = {  # name: importance -> optimizer
 
 
 def drawn(shapes, dtype, steps) -> trees.Run:
-    """`trees.made_up`, but drawn on the device: the same kind of numbers, in no time."""
+    """`trees.made_up`, but drawn on the device: numbers of the same kind."""
     leaves, treedef = jax.tree.flatten(shapes)
     layer = 1e-3 * np.exp(np.random.default_rng(common.SEED).normal(size=len(leaves)))
     steps_scale = np.exp(trees.log_scales(steps + 1, common.SEED))
@@ -250,11 +248,8 @@ def scorings(make: Callable, run: trees.Run, cold: bool = False) -> float:
 
 
 # Operations that name or group what others compute.
-_NO_LAUNCH = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"} | {
-    "after-all",
-    "opt-barrier",
-    "partition-id",
-}
+_NO_LAUNCH = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_NO_LAUNCH |= {"after-all", "opt-barrier", "partition-id"}
 
 
 def launches_in(text: str) -> tuple[int, list[int]]:
@@ -323,9 +318,8 @@ def launches_seen(step: Callable, grads: Any) -> int | None:
         print(f"profiler: {type(error).__name__}: {error}")
         return None
     streams = [number for name, number in lines if name.startswith("Stream")]
-    return (
-        sum(streams or [number for name, number in lines if name == "XLA Ops"]) or None
-    )
+    operations = [number for name, number in lines if name == "XLA Ops"]
+    return sum(streams or operations) or None
 
 
 def steppers(run: trees.Run) -> list[common.Stepper]:
@@ -375,14 +369,13 @@ def show_steps(record: dict[str, Any]) -> None:
     """
     rows = []
     for name, row in record["contenders"].items():
-        seen = row["launches_seen"]
-        rows.append(
-            [name, *common.spread(row["ms"]), *common.spread(row["ratio"])]
-            + [f"{row['compile_s']:.1f}", common.size(row["temporary_bytes"])]
-            + [f"{row['scorings']:.1f}" if "scorings" in row else ""]
-            + [f"{seen} seen" if seen else f"{row['launches_outside_loops']} +"]
-            + [" + ".join(map(str, row["launches_in_loops"]))]
-        )
+        seen, outside = row["launches_seen"], row["launches_outside_loops"]
+        cells = [*common.spread(row["ms"]), *common.spread(row["ratio"])]
+        cells += [f"{row['compile_s']:.1f}", common.size(row["temporary_bytes"])]
+        cells.append(f"{row['scorings']:.1f}" if "scorings" in row else "")
+        cells.append(f"{seen} seen" if seen else f"{outside} +")
+        cells.append(" + ".join(map(str, row["launches_in_loops"])))
+        rows.append([name, *cells])
     title = f"{record['entries']:,} entries in {record['leaves']} leaves"
     print(f"\n{record['tree']}: {title}\n{common.table(STEP_HEAD, rows)}", flush=True)
 
@@ -461,11 +454,11 @@ def measure_training(name, shapes, sizes, rounds) -> dict[str, Any]:
 
 def show_training(record: dict[str, Any]) -> None:
     """Print the table of one network."""
-    rows = [
-        [name, *common.spread(row["ms"]), f"{row['compile_s']:.1f}"]
-        + [f"{record['share']:.1%}" if name == "gsm" else ""]
-        for name, row in record["contenders"].items()
-    ]
+    rows = []
+    for name, row in record["contenders"].items():
+        share = f"{record['share']:.1%}" if name == "gsm" else ""
+        cells = [*common.spread(row["ms"]), f"{row['compile_s']:.1f}", share]
+        rows.append([name, *cells])
     print(f"\ntraining {record['network']}, {record['batch and sizes']}")
     print(common.table(TRAINING_HEAD, rows), flush=True)
 
