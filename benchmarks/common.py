@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import gsm_optax
 from gsm_optax import MaskByImportanceState, gsm_sgd, kernels, taylor_importance
 
 matplotlib.use("Agg")
@@ -258,7 +259,8 @@ def size(count: float) -> str:
 def environment() -> dict[str, Any]:
     """Describe the machine, the versions and the seed."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "optax", "numpy", "gsm_optax")
+    packages = ("jax", "jaxlib", "optax", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -266,7 +268,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": versions | {"gsm_optax": gsm_optax.__version__},
         "seed": SEED,
     }
 

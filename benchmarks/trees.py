@@ -4,7 +4,7 @@ Shapes are nested dicts of `jax.ShapeDtypeStruct`; nothing is allocated before
 `made_up` or `digits` is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -61,23 +61,24 @@ def _bottleneck(inputs: int, width: int, project: bool) -> Shapes:
     return block
 
 
-def resnet50() -> Shapes:
+def resnet50(
+    blocks: Sequence[int] = (3, 4, 6, 3), width: int = 64, classes: int = 1000
+) -> Shapes:
     """ResNet-50 for ImageNet: 25.56 M entries, 161 leaves, 54 of them kernels."""
-    tree = {"stem": _convolution(7, 3, 64)}
-    inputs = 64
-    for stage, (blocks, width) in enumerate(
-        zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)
-    ):
-        for block in range(blocks):
+    tree = {"stem": _convolution(7, 3, width)}
+    inputs = width
+    for stage, number in enumerate(blocks):
+        for block in range(number):
             name = f"stage{stage}_block{block}"
-            tree[name] = _bottleneck(inputs, width, project=block == 0)
-            inputs = 4 * width
-    return {**tree, "head": _dense(inputs, 1000)}
+            tree[name] = _bottleneck(inputs, width << stage, project=block == 0)
+            inputs = 4 * width << stage
+    return {**tree, "head": _dense(inputs, classes)}
 
 
-def gpt2() -> Shapes:
+def gpt2(
+    layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024
+) -> Shapes:
     """GPT-2 small: 124.4 M entries, 148 leaves; the head is the embedding."""
-    width = 768
     block = {
         "norm1": _norm(width),
         "attention_in": _dense(width, 3 * width),
@@ -87,11 +88,16 @@ def gpt2() -> Shapes:
         "down": _dense(4 * width, width),
     }
     return {
-        "embedding": _leaf(50257, width),
-        "positions": _leaf(1024, width),
-        **{f"block{i}": block for i in range(12)},
+        "embedding": _leaf(vocabulary, width),
+        "positions": _leaf(positions, width),
+        **{f"block{i}": block for i in range(layers)},
         "norm": _norm(width),
     }
+
+
+def equal(leaves: int = 1500, width: int = 128) -> Shapes:
+    """Kernels of one shape; by default 24.6 M entries."""
+    return {f"kernel{i}": _leaf(width, width) for i in range(leaves)}
 
 
 def transformer(

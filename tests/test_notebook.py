@@ -1,6 +1,9 @@
 """The Colab notebook runs from its first cell to its last, on the data that is here."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -58,6 +61,22 @@ def test_fashion_mnist_without_a_network_fails_at_once_in_plain_words(
     del notebook.cells[loading + 1 :]
     with pytest.raises(CellExecutionError, match="which needs no network"):
         execute(notebook, tmp_path)
+
+
+def test_without_the_package_it_says_what_to_do(tmp_path):
+    first = next(c.source for c in read().cells if c.cell_type == "code")
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", first],  # -S: as though nothing were installed
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "upload its wheel (python -m build) or a checkout" in last
+    assert "ERROR" not in done.stdout + done.stderr  # as pip would put it
 
 
 def test_nothing_that_a_run_leaves_behind_is_committed():
