@@ -42,6 +42,10 @@ from gsm_optax._pruning import (
     prune as prune,
 )
 from gsm_optax._recording import Recorder as Recorder
+from gsm_optax._rounding import (
+    StochasticRoundingState as StochasticRoundingState,
+    stochastic_rounding as stochastic_rounding,
+)
 from gsm_optax._similarity import (
     LinearCKA as LinearCKA,
     linear_cka as linear_cka,

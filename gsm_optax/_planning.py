@@ -212,7 +212,7 @@ def _plan(
 def _by_step(name: str, value: Any, steps: int) -> np.ndarray:
     """The values of a float or schedule at all steps, float64, none negative."""
     if callable(value):
-        values = np.asarray(jax.vmap(value)(jnp.arange(steps)), np.float64)
+        values = np.asarray(jax.jit(jax.vmap(value))(jnp.arange(steps)), np.float64)
     elif is_static(value) or isinstance(value, jax.Array | np.ndarray):
         values = np.asarray(value, np.float64)
     else:
@@ -248,11 +248,12 @@ def _advice(plan: _Plan, total: float) -> str:
     more_decay = _sufficient(plan, 10)
     if more_decay:
         return f"{doubt} {_decay(plan, more_decay)}, or {_more_steps(plan, total)}."
+    remedies = f"{_smaller_momentum(plan)}, or {_more_steps(plan, total)}"
     return (
-        f"{doubt} {_smaller_momentum(plan)}, or {_more_steps(plan, total)}. More weight "
-        f"decay alone will not reach it: with momentum={plan.momentum:g} a weight keeps "
-        f"{'about' if plan.nesterov else 'at least'} {math.sqrt(plan.momentum):.4g} of "
-        "itself a step."
+        f"{doubt} {remedies}. More weight "
+        f"decay alone will not reach it: with momentum={plan.momentum:g} a weight "
+        f"keeps {'about' if plan.nesterov else 'at least'} "
+        f"{math.sqrt(plan.momentum):.4g} of itself a step."
     )
 
 
@@ -315,6 +316,6 @@ def _steps_for(plan: _Plan, total: float) -> float:
 
 
 def _round_up(value: float, digits: int) -> float:
-    """Round `value` up to so many significant digits, so that it suffices as printed."""
+    """Round up to so many significant digits, so that what is printed suffices."""
     unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
     return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
