@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_static(value: Any) -> bool:
@@ -97,7 +98,7 @@ def _is_real_scalar(value: Any) -> bool:
 
 def _is_known(value: Any) -> bool:
     """Whether the number can be read: not traced, and not on other hosts only."""
-    return not isinstance(value, jax.core.Tracer) and (
+    return not isinstance(value, Tracer) and (
         getattr(value, "is_fully_addressable", True)
     )
 
