@@ -25,6 +25,10 @@ from gsm_optax._pruning import (
     prune as prune,
 )
 from gsm_optax._recording import Recorder as Recorder
+from gsm_optax._rounding import (
+    StochasticRoundingState as StochasticRoundingState,
+    stochastic_rounding as stochastic_rounding,
+)
 from gsm_optax.report import (
     SparsityReport as SparsityReport,
     sparsity_report as sparsity_report,

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 
 def is_static(value: Any) -> bool:
@@ -82,21 +84,61 @@ def _ratio_remedy(ratio: float) -> str:
 
 
 def check_momentum(momentum: Any) -> None:
-    """Raise `ValueError` unless `momentum` is in [0, 1) (arrays are trusted)."""
-    if is_static(momentum) and not 0 <= momentum < 1:
+    """Raise `ValueError` unless `momentum` is a scalar in [0, 1) (as far as known)."""
+    if callable(momentum):
+        raise ValueError(
+            f"momentum={momentum!r} must be a number: for a schedule of it, use "
+            "optax.inject_hyperparams(gsm_sgd)(..., momentum=schedule)."
+        )
+    if not _is_real_scalar(momentum):
+        raise ValueError(
+            f"momentum={momentum!r} must be a number in [0, 1) or a scalar array; for "
+            "none, momentum=0."
+        )
+    if _is_known(momentum) and not 0 <= float(momentum) < 1:
+        rounded = getattr(momentum, "dtype", None)
         raise ValueError(
             f"momentum={momentum} is outside [0, 1). It is the coefficient β of the "
             "momentum buffer: the paper uses 0.98 and 0.99."
+            + (f" (As {rounded} it may have been rounded.)" if rounded else "")
         )
 
 
 def check_weight_decay(weight_decay: Any) -> None:
-    """Raise `ValueError` if `weight_decay` is negative (arrays are trusted)."""
-    if is_static(weight_decay) and not 0 <= weight_decay < math.inf:
+    """Raise `ValueError` unless `weight_decay` is a scalar of 0 or more, or a schedule.
+
+    Of a schedule the first value is looked at.
+    """
+    if callable(weight_decay):
+        first, name = weight_decay(jnp.zeros((), jnp.int32)), "weight_decay(0)"
+    else:
+        first, name = weight_decay, "weight_decay"
+    if not _is_real_scalar(first):
         raise ValueError(
-            f"weight_decay={weight_decay} must be finite and not negative: the decay "
+            f"{name}={first!r} must be a number, or a scalar array: give weight_decay "
+            "as a float or as an optax schedule of the step; for none, weight_decay=0."
+        )
+    if _is_known(first) and not 0 <= float(first) < math.inf:
+        raise ValueError(
+            f"{name}={first} must be finite and not negative: the decay "
             "is what turns passive weights into zeros. Try 1e-4 to 1e-3."
         )
+
+
+def _is_real_scalar(value: Any) -> bool:
+    if is_static(value):
+        return True
+    if not isinstance(value, jax.Array | np.ndarray) or value.shape != ():
+        return False
+    kinds = jnp.integer, jnp.floating
+    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+
+
+def _is_known(value: Any) -> bool:
+    """Whether the number can be read: not traced, and not on other hosts only."""
+    return not isinstance(value, Tracer) and (
+        getattr(value, "is_fully_addressable", True)
+    )
 
 
 def check_count(name: str, value: Any, least: int, meaning: str) -> int:

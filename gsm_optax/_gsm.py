@@ -1,15 +1,18 @@
 """Global Sparse Momentum SGD: selection, then optax's decay, momentum and step."""
 
+import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gsm_optax._checks import check_momentum, check_weight_decay
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance
+from gsm_optax._paths import leaf_names
 from gsm_optax._placement import AxisName
-from gsm_optax._prunable import Prunable, prunable_tree
+from gsm_optax._prunable import Prunable, is_inexact, prunable_tree
 
 
 def gsm(
@@ -35,14 +38,21 @@ def gsm(
     (equation 8 of Ding et al., 2019), where :math:`B` marks the
     :math:`Q = N - \mathrm{round}(ratio \cdot N)` entries of greatest
     :math:`|W \circ g|` of the whole model. Passive entries are only decayed and go to
-    zero as :math:`\exp(-\sum_k \alpha_k \eta / (1 - \beta))`: see `decay_budget`. When
-    that is small, `prune` removes them without loss. Leaves that are not prunable get
+    zero: by a factor of about :math:`1 - \alpha \eta / (1 - \beta)` a step while
+    :math:`\alpha \eta \le (1 - \sqrt\beta)^2`, and of :math:`\sqrt\beta` beyond, where
+    more decay only makes them swing through zero. `decay_budget` sums that up. When
+    little is left, `prune` removes them without loss. Leaves that are not prunable get
     plain momentum SGD without decay.
 
     It is three transformations in a chain: `mask_by_importance`,
     `optax.add_decayed_weights`, `optax.trace`. Momentum is inside: follow it with a
     step size, `optax.chain(gsm(ratio=0.95), optax.scale_by_learning_rate(lr))`, not
-    with another optimizer. Clipping goes before it.
+    with another optimizer. Clipping goes before it. Updates and momentum keep their
+    dtypes; a gradient of None leaves its momentum as it is.
+
+    Parameters in bfloat16 or float16 do not decay, because updates so small round away:
+    keep them in float32 and compute in half precision, or go around the optimizer with
+    `stochastic_rounding`.
 
     Args:
         ratio: fraction of the prunable entries to prune, in [0, 1); 1 - 1/C for a
@@ -62,6 +72,9 @@ def gsm(
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its updates point uphill, like those
         of `optax.trace`; `optax.scale_by_learning_rate` turns them round.
+
+    Warns:
+        UserWarning: from `init`, if prunable parameters are in half precision.
 
     Raises:
         ValueError: for arguments outside their range; see `mask_by_importance`.
@@ -99,10 +112,8 @@ def gsm(
             track_churn=track_churn,
             axis_name=axis_name,
         ),
-        optax.add_decayed_weights(
-            weight_decay, mask=lambda params: prunable_tree(prunable, params)
-        ),
-        optax.trace(momentum, nesterov, accumulator_dtype),
+        _keep_dtypes(_decay(weight_decay, prunable)),
+        _keep_dtypes(optax.trace(momentum, nesterov, accumulator_dtype)),
     )
 
 
@@ -175,5 +186,77 @@ def gsm_sgd(
             track_churn=track_churn,
             axis_name=axis_name,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+
+def _decay(
+    weight_decay: Any, prunable: Prunable | None
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` of the prunable leaves that have a gradient.
+
+    Its own mask, where it is a function, is asked about the gradients instead of the
+    parameters, of which some may be None.
+    """
+
+    def init_fn(params: Any) -> Any:
+        flags = prunable_tree(prunable, params)
+        _warn_of_half_precision(flags, params)
+        return optax.add_decayed_weights(weight_decay, mask=flags).init(params)
+
+    def update_fn(updates, state, params=None):
+        flags = jax.tree.map(
+            lambda grad, flag: None if flag is None else flag and grad is not None,
+            updates,
+            prunable_tree(prunable, params),
+            is_leaf=lambda x: x is None,
+        )
+        tx = optax.add_decayed_weights(weight_decay, mask=flags)
+        return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _warn_of_half_precision(flags: Any, params: Any) -> None:
+    """Warn if prunable leaves are too coarse to decay."""
+    leaves = zip(
+        leaf_names(params), jax.tree.leaves(params), jax.tree.leaves(flags), strict=True
+    )
+    coarse = [
+        f"{name} ({jnp.result_type(leaf)})"
+        for name, leaf, flag in leaves
+        if flag and jnp.finfo(jnp.result_type(leaf)).bits < 32
+    ]
+    if coarse:
+        warnings.warn(
+            f"prunable parameters are in half precision: {', '.join(coarse[:8])}"
+            f"{', ...' * (len(coarse) > 8)}. The decay of a step rounds away in them, "
+            "so that nothing becomes zero. Keep parameters in float32 and compute in "
+            "half precision (flax: param_dtype=jnp.float32, dtype=jnp.bfloat16), or "
+            "use stochastic_rounding(gsm_sgd(...)).",
+            stacklevel=2,
+        )
+
+
+def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, with updates in the dtypes of the gradients, and state in those of old.
+
+    A float32 scalar, such as a scheduled decay, would make float32 of half precision.
+    """
+
+    def update_fn(updates, state, params=None):
+        new_updates, new_state = tx.update(updates, state, params)
+        return _as(new_updates, updates), _as(new_state, state)
+
+    return optax.GradientTransformation(tx.init, update_fn)
+
+
+def _as(new: Any, old: Any) -> Any:
+    """`new` in the dtypes of `old`; where it is None, `old`."""
+
+    def convert(new, old):
+        if new is None:
+            return old
+        return jnp.asarray(new).astype(old.dtype) if is_inexact(old) else new
+
+    return jax.tree.map(convert, new, old, is_leaf=lambda x: x is None)

@@ -19,7 +19,7 @@ RISKY = 8.0  # below this the final pruning was seen to cost accuracy
 class DecayBudget(NamedTuple):
     """How far a run shrinks a weight that stays passive; see `decay_budget`."""
 
-    total: float  # Σ α_k η / (1 − β)
+    total: float  # the sum of the rates r_k of all steps
     remaining: float  # fraction of a passive weight that is left, exp(−total)
     advice: str  # what it means and what to change
 
@@ -36,28 +36,50 @@ def decay_budget(
     steps: int,
     *,
     momentum: float = 0.98,
-    weight_decay: float = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    nesterov: bool = False,
 ) -> DecayBudget:
     r"""Tell whether a planned `gsm` run will shrink passive weights to nothing.
 
-    A weight that is never active shrinks by about :math:`\alpha\eta/(1-\beta)` a step,
-    so that
+    For a weight that is never active a step of `gsm_sgd` is linear,
 
     .. math::
-        \text{total} = \sum_k \frac{\alpha_k \eta}{1 - \beta}, \qquad
-        \text{remaining} = e^{-\text{total}}
+        z \leftarrow \beta z + \eta_k w, \qquad w \leftarrow w - \alpha_k z,
+
+    with eigenvalues :math:`h \pm \sqrt{h^2 - \beta}`, :math:`h = (1 + \beta -
+    \alpha_k\eta_k) / 2`. It shrinks by the greater of them, that is at the rate
+
+    .. math::
+        r_k = \begin{cases}
+        -\ln\left(h + \sqrt{h^2 - \beta}\right) & \text{if } h^2 \ge \beta
+            \quad (\approx \alpha_k\eta_k / (1 - \beta)\text{: overdamped}) \\
+        -\tfrac12 \ln \beta & \text{otherwise (it swings through zero)}
+        \end{cases}
+
+    so that more decay than :math:`\alpha\eta = (1 - \sqrt\beta)^2` does not make it
+    any faster. Over the run
+
+    .. math::
+        \text{total} = \sum_k r_k, \qquad \text{remaining} = e^{-\text{total}}
 
     With a total below about 8 the final pruning was seen to cost accuracy; 12 or more
-    cost none; the LeNet recipe of Ding et al., 2019, has 18.7.
+    cost none; the LeNet recipe of Ding et al., 2019, has 20.3. A simulated weight
+    lags behind by what momentum needs to build up: at most ln(1 + total), near that
+    bound, and hardly anything far from it.
 
     Args:
         learning_rate: :math:`\alpha`, a float or an optax schedule.
         steps: number of optimizer steps (not epochs).
         momentum: :math:`\beta`, in [0, 1), as given to `gsm`.
-        weight_decay: :math:`\eta`, as given to `gsm`.
+        weight_decay: :math:`\eta`, a float or an optax schedule, as given to `gsm`.
+        nesterov: as given to `gsm`. Then :math:`h = (1 + \beta)(1 - \alpha\eta) / 2`
+            and :math:`\beta(1 - \alpha\eta)` stands for :math:`\beta` under the root
+            and the logarithm: the same, unless :math:`\alpha\eta` is large.
 
     Returns:
-        A `DecayBudget` (total, remaining, advice); print it to read it.
+        A `DecayBudget` (total, remaining, advice); print it to read it. The advice
+        names settings with a budget of 12: a decay, a number of steps, and where no
+        decay can do it a smaller momentum.
 
     Warns:
         UserWarning: if the total is below 8, when pruning is not likely to be lossless.
@@ -74,10 +96,12 @@ def decay_budget(
         ... )
         >>> budget = decay_budget(schedule, steps, momentum=0.99, weight_decay=5e-4)
         >>> print(budget)
-        decay budget 19.2: a passive weight shrinks to 4.4e-09 of itself. Pruning ...
+        decay budget 20.3: a passive weight shrinks to 1.6e-09 of itself. Pruning ...
     """
-    total = float(_decay_by_step(learning_rate, steps, momentum, weight_decay).sum())
-    budget = DecayBudget(total, math.exp(-total), _advice(total, steps, weight_decay))
+    plan = _plan(learning_rate, steps, momentum, weight_decay, nesterov)
+    total = float(plan.rates().sum())
+    with np.errstate(over="ignore"):  # weights that grow
+        budget = DecayBudget(total, float(np.exp(-total)), _advice(plan, total))
     if total < RISKY:
         warnings.warn(str(budget), stacklevel=2)
     return budget
@@ -88,19 +112,21 @@ def decay_budget_left(
     steps: int,
     *,
     momentum: float = 0.98,
-    weight_decay: float = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    nesterov: bool = False,
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     r"""Make a function that tells how much of the decay budget is still to come.
 
-    After :math:`k` steps it is :math:`\sum_{j \ge k} \alpha_j \eta / (1 - \beta)`: a
-    weight that turns passive now will shrink to :math:`e^{-left}` of itself. For
-    `metrics` and `Recorder`.
+    After :math:`k` steps it is :math:`\sum_{j \ge k} r_j`, with the rates of
+    `decay_budget`: a weight that turns passive now will shrink to :math:`e^{-left}` of
+    itself. For `metrics` and `Recorder`.
 
     Args:
         learning_rate: :math:`\alpha`, a float or an optax schedule.
         steps: number of optimizer steps (not epochs).
         momentum: :math:`\beta`, in [0, 1), as given to `gsm`.
-        weight_decay: :math:`\eta`, as given to `gsm`.
+        weight_decay: :math:`\eta`, a float or an optax schedule, as given to `gsm`.
+        nesterov: as given to `gsm`.
 
     Returns:
         A function of the number of steps taken, as optax's schedules are: int or traced
@@ -112,18 +138,61 @@ def decay_budget_left(
     Example:
         >>> from gsm_optax import decay_budget_left
         >>> left = decay_budget_left(0.01, 4000, momentum=0.98, weight_decay=0.006)
-        >>> print(left(0), left(3000), left(4000))
-        12.0 3.0 0.0
+        >>> for step in (0, 3000, 4000):
+        ...     print(f"{left(step):.1f}")
+        14.7
+        3.7
+        0.0
     """
-    decays = _decay_by_step(learning_rate, steps, momentum, weight_decay)
-    left = np.append(np.cumsum(decays[::-1])[::-1], 0).astype(np.float32)
+    rates = _plan(learning_rate, steps, momentum, weight_decay, nesterov).rates()
+    left = np.append(np.cumsum(rates[::-1])[::-1], 0).astype(np.float32)
     return lambda step: jnp.asarray(left)[jnp.clip(step, 0, int(steps))]
 
 
-def _decay_by_step(
-    learning_rate: Any, steps: Any, momentum: Any, weight_decay: Any
-) -> np.ndarray:
-    """Check the arguments; return α_k η / (1 − β) of every step k, float64."""
+class _Plan(NamedTuple):
+    """The settings of a run, checked, with one entry a step."""
+
+    learning_rates: np.ndarray
+    weight_decays: np.ndarray
+    momentum: float
+    nesterov: bool
+    weight_decay: float | None  # None where it is a schedule
+
+    def rates(self) -> np.ndarray:
+        """How fast a passive weight shrinks at every step: see `decay_budget`."""
+        pushes = self.learning_rates * self.weight_decays
+        return _rates(pushes, self.momentum, self.nesterov)
+
+    def with_decay(self, factor: float) -> "_Plan":
+        """The same plan with `factor` times the decay, rounded up to two digits."""
+        if self.weight_decay is None:
+            decays = self.weight_decays * _round_up(factor, 2)
+            return self._replace(weight_decays=decays)
+        decay = _round_up(self.weight_decay * factor, 2)
+        decays = np.full_like(self.weight_decays, decay)
+        return self._replace(weight_decays=decays, weight_decay=decay)
+
+
+def _rates(pushes: np.ndarray, momentum: float, nesterov: bool) -> np.ndarray:
+    """−ln of the spectral radius of a step in which αη is `pushes`."""
+    damped = 1 - pushes if nesterov else np.ones_like(pushes)
+    half = ((1 + momentum) * damped if nesterov else 1 + momentum - pushes) / 2
+    product = momentum * damped  # of the two eigenvalues
+    disc = half**2 - product
+    root = np.sqrt(np.maximum(disc, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a rate may be infinite
+        swinging = -0.5 * np.log(np.maximum(product, 0))
+        # (1 − λ₁)(1 − λ₂) = αη. So written a small rate does not cancel.
+        overdamped = -np.log1p(-pushes / (1 - (half - root)))
+        overshooting = -np.log(root - half)  # the greater eigenvalue is negative
+    real = np.where(half >= 0, overdamped, overshooting)
+    return np.where(disc < 0, swinging, real)
+
+
+def _plan(
+    learning_rate: Any, steps: Any, momentum: Any, weight_decay: Any, nesterov: bool
+) -> _Plan:
+    """Check the arguments, and ask the schedules for every step."""
     check_momentum(momentum)
     check_weight_decay(weight_decay)
     if not (is_static(steps) and steps > 0 and steps == int(steps)):
@@ -131,29 +200,122 @@ def _decay_by_step(
             f"steps={steps} must be a positive whole number of optimizer steps: epochs "
             "times batches per epoch."
         )
-    if callable(learning_rate):
-        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(int(steps))), np.float64)
+    return _Plan(
+        _by_step("learning_rate", learning_rate, int(steps)),
+        _by_step("weight_decay", weight_decay, int(steps)),
+        float(momentum),
+        nesterov,
+        None if callable(weight_decay) else float(weight_decay),
+    )
+
+
+def _by_step(name: str, value: Any, steps: int) -> np.ndarray:
+    """The values of a float or schedule at all steps, float64, none negative."""
+    if callable(value):
+        values = np.asarray(jax.jit(jax.vmap(value))(jnp.arange(steps)), np.float64)
+    elif is_static(value) or isinstance(value, jax.Array | np.ndarray):
+        values = np.asarray(value, np.float64)
     else:
-        rates = np.full(int(steps), float(learning_rate))
-    if not (rates >= 0).all():
+        raise ValueError(f"{name}={value!r} must be a number or an optax schedule.")
+    if values.shape != ((steps,) if callable(value) else ()):
         raise ValueError(
-            f"learning_rate must not be negative or NaN, but reaches {rates.min()}."
+            f"{name} must be one number a step, but there are {values.size}: a scalar, "
+            "or a schedule that returns a scalar."
         )
-    return rates * weight_decay / (1 - momentum)
+    if not (values >= 0).all():
+        raise ValueError(
+            f"{name} must not be negative or NaN, but reaches {values.min()}."
+        )
+    return np.broadcast_to(values, (steps,))
 
 
-def _advice(total: float, steps: int, weight_decay: float) -> str:
+# Advice. Every setting that it names has been computed with the same rates, as rounded.
+
+
+def _advice(plan: _Plan, total: float) -> str:
     if total >= SUFFICIENT:
         return "Pruning should be lossless."
-    doubt = "will" if total < RISKY else "may"
-    if total == 0:
+    doubt = f"Pruning {'will' if total < RISKY else 'may'} cost accuracy"
+    pushes = plan.learning_rates * plan.weight_decays
+    if not pushes.any():
+        return f"{doubt}: nothing decays with a learning rate or weight decay of zero."
+    if total <= 0:
         return (
-            f"Pruning {doubt} cost accuracy: nothing decays with a learning rate or "
-            "weight decay of zero."
+            f"{doubt}: steps of αη = {pushes.max():.2g} overshoot, and weights grow "
+            "rather than shrink. Use a smaller learning rate or weight decay."
         )
-    factor = SUFFICIENT / total
+    doubt = f"{doubt}. For a budget of {SUFFICIENT:g} use"
+    more_decay = _sufficient(plan, 10)
+    if more_decay:
+        return f"{doubt} {_decay(plan, more_decay)}, or {_more_steps(plan, total)}."
+    remedies = f"{_smaller_momentum(plan)}, or {_more_steps(plan, total)}"
     return (
-        f"Pruning {doubt} cost accuracy. For a budget of {SUFFICIENT:g} use "
-        f"weight_decay={weight_decay * factor:.2g}, or {math.ceil(steps * factor)} "
-        "steps at this mean learning rate, or a higher learning rate or momentum."
+        f"{doubt} {remedies}. More weight "
+        f"decay alone will not reach it: with momentum={plan.momentum:g} a weight "
+        f"keeps {'about' if plan.nesterov else 'at least'} "
+        f"{math.sqrt(plan.momentum):.4g} of itself a step."
     )
+
+
+def _sufficient(plan: _Plan, times: float) -> _Plan | None:
+    """The plan with the least decay that suffices, or None if there is none.
+
+    Considered are decays of up to `times` (1 − √β)² / α, from where on more does not
+    help a step. The rates grow with the decay as long as αη is below 1.
+    """
+    greatest = (plan.learning_rates * plan.weight_decays).max()
+    critical = (1 - math.sqrt(plan.momentum)) ** 2
+    low, high = 1.0, max(1.0, min(1.0, times * critical) / greatest)
+    if not _suffices(plan.with_decay(high)):
+        return None
+    while high > low * 1.0001:
+        middle = math.sqrt(low * high)
+        enough = _suffices(plan.with_decay(middle))
+        low, high = (low, middle) if enough else (middle, high)
+    return plan.with_decay(high)
+
+
+def _suffices(plan: _Plan) -> bool:
+    # A schedule's values are float32 and may come out a little differently.
+    return bool(plan.rates().sum() >= SUFFICIENT * (1 + 1e-6))
+
+
+def _smaller_momentum(plan: _Plan) -> str:
+    """The greatest momentum under which some decay suffices, and that decay."""
+    for hundredths in [*range(99, 90, -1), *range(90, 0, -5), 0]:
+        momentum = hundredths / 100
+        if momentum >= plan.momentum:
+            continue
+        smaller = plan._replace(momentum=momentum)
+        if _suffices(smaller):
+            return f"momentum={momentum:g}"
+        found = _sufficient(smaller, 1)
+        if found:
+            return f"momentum={momentum:g} with {_decay(plan, found)}"
+    return "another learning rate"
+
+
+def _decay(old: _Plan, new: _Plan) -> str:
+    if new.weight_decay is not None:
+        return f"weight_decay={new.weight_decay:g}"
+    factor = new.weight_decays.max() / old.weight_decays.max()
+    return f"{factor:.3g} times the weight decay"
+
+
+def _more_steps(plan: _Plan, total: float) -> str:
+    if not (np.ptp(plan.learning_rates) or np.ptp(plan.weight_decays)):
+        return f"{_steps_for(plan, total):.0f} steps"
+    # A sum over few steps of a falling schedule is greater than its share of many.
+    certain = max(total - float(plan.rates().max()), total / 2)
+    steps = _steps_for(plan, certain)
+    return f"{steps:.0f} steps, with the schedule stretched to match"
+
+
+def _steps_for(plan: _Plan, total: float) -> float:
+    return _round_up(SUFFICIENT * (1 + 1e-6) / total * len(plan.learning_rates), 3)
+
+
+def _round_up(value: float, digits: int) -> float:
+    """Round up to so many significant digits, so that what is printed suffices."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{math.ceil(value / unit) * unit:.{digits}g}")

@@ -1,5 +1,7 @@
 """gsm and gsm_sgd against the paper's equations and against optax."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 from oracle import active, budget, gsm_step
 
-from gsm_optax import gsm, gsm_sgd, kernels, prune
+from gsm_optax import gsm, gsm_sgd, kernels, prune, stochastic_rounding
 
 SHAPES = [(11, 13), (3, 3, 4, 5), (2, 6, 7)]
 
@@ -150,9 +152,95 @@ def test_an_injected_ratio_changes_without_compiling_again():
     assert step._cache_size() == 1
 
 
+SCHEDULE = optax.linear_schedule(1e-3, 1e-2, 10)
+inject = partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize(
+    "tx",
+    [
+        gsm_sgd(0.1, 0.5, weight_decay=SCHEDULE),
+        gsm_sgd(SCHEDULE, 0.5, momentum=jnp.float32(0.9), nesterov=True),
+        gsm_sgd(jnp.float32(0.1), 0.5, accumulator_dtype=jnp.float32),
+        inject(gsm_sgd)(0.1, 0.5),
+        inject(gsm_sgd)(SCHEDULE, 0.5, momentum=SCHEDULE, weight_decay=SCHEDULE),
+    ],
+    ids=["decay", "momentum", "accumulator", "injected", "injected schedules"],
+)
+def test_half_precision_keeps_the_dtypes_of_init(tx):
+    params = {"kernel": jnp.ones((3, 4), jnp.bfloat16), "bias": jnp.ones(4)}
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    @jax.jit
+    def step(carry, _=None):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        assert types(updates) == types(params)
+        return (jax.tree.map(jnp.add, params, updates), state), None
+
+    start = carry = params, tx.init(params)
+    for _ in range(3):
+        carry, _ = step(carry)
+    assert types(carry) == types(start)
+    assert step._cache_size() == 1
+    scanned, _ = jax.lax.scan(step, start, length=3)
+    for a, b in zip(*map(jax.tree.leaves, (scanned, carry)), strict=True):
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=1e-2)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    "prunable",
+    [
+        None,
+        {"frozen": True, "part": True, "w": True},
+        lambda params: jax.tree.map(lambda x: x.ndim == 2, params),
+    ],
+    ids=["default", "tree", "function"],
+)
+def test_gradients_of_none_pass(prunable, nesterov):
+    """A leaf, and a whole part, as though they were not there."""
+    w = jnp.asarray(np.random.default_rng(12).normal(size=(4, 5)), jnp.float32)
+    params = {"frozen": w, "part": {"a": w, "b": w}, "w": w}
+    grads = {"frozen": None, "part": None, "w": w}
+    tx = gsm_sgd(0.1, 0.0, prunable=prunable, nesterov=nesterov)
+    alone = gsm_sgd(0.1, 0.0, nesterov=nesterov)
+    state, want_state = tx.init(params), alone.init({"w": w})
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = step(grads, state, params)
+        want, want_state = alone.update({"w": w}, want_state, {"w": w})
+    assert (updates["frozen"], updates["part"]) == (None, None)
+    np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
+    assert step._cache_size() == 1  # the momentum keeps its place
+
+
+@pytest.mark.filterwarnings("error")
+def test_half_precision_that_cannot_decay_is_named_once():
+    params = {"a": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}, "bias": jnp.ones(2)}
+    with pytest.warns(UserWarning, match=r"a/kernel \(bfloat16\)") as caught:
+        state = gsm_sgd(0.1, 0.5).init(params)
+    assert len(caught) == 1
+    gsm_sgd(0.1, 0.5).update(params, state, params)  # nothing more
+    gsm_sgd(0.1, 0.5, prunable={"a": False, "bias": True}).init(params)
+    stochastic_rounding(gsm_sgd(0.1, 0.5)).init(params)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"momentum": None}, "momentum=None must be a number"),
+        ({"momentum": optax.constant_schedule(0.9)}, "optax.inject_hyperparams"),
+        ({"momentum": "x"}, "momentum='x' must be"),
+        ({"momentum": jnp.ones(3)}, "must be a number in"),
+        ({"momentum": jnp.bfloat16(0.999)}, "outside.*As bfloat16"),
+        ({"momentum": jnp.float32(1.5)}, "momentum=1.5 is outside"),
+        ({"weight_decay": "x"}, "weight_decay='x' must be a number"),
+        ({"weight_decay": None}, "weight_decay=None must be a number"),
+        ({"weight_decay": jnp.float32(-1)}, "weight_decay=-1.0 must be finite"),
+        ({"weight_decay": lambda step: jnp.ones(2)}, r"weight_decay\(0\)=.* must be"),
+        ({"weight_decay": lambda step: -1.0}, r"weight_decay\(0\)=-1.0 must be finite"),
         ({"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\)"),
         ({"momentum": -0.1}, "momentum=-0.1"),
         ({"momentum": float("nan")}, "momentum=nan"),
