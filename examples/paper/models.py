@@ -63,17 +63,9 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 def square(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride=1, dtype=None):
     """Return a square convolution without bias, padded to keep the size."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=False,
-        kernel_init=HE,
-        rngs=rngs,
-        dtype=dtype,
-    )
+    how = {"use_bias": False, "kernel_init": HE, "rngs": rngs, "dtype": dtype}
+    size, padding = (size, size), size // 2
+    return nnx.Conv(inputs, outputs, size, stride, padding=padding, **how)
 
 
 def batch_norm(features: int, rngs: nnx.Rngs, dtype: Any = None) -> nnx.BatchNorm:
@@ -103,9 +95,10 @@ class Block(nnx.Module):
         for outputs, size, by in shapes:
             layers.append(ConvNorm(channels, outputs, size, rngs, by, dtype))
             channels = outputs
-        self.layers, self.shortcut = nnx.List(layers), None
-        if stride > 1 or inputs != channels:
-            self.shortcut = ConvNorm(inputs, channels, 1, rngs, stride, dtype)
+        self.layers, same = nnx.List(layers), stride == 1 and inputs == channels
+        self.shortcut = (
+            None if same else ConvNorm(inputs, channels, 1, rngs, stride, dtype)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, inputs] to [batch, ..., outputs]."""
@@ -116,51 +109,38 @@ class Block(nnx.Module):
         return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
 
 
-class ResNet56(nnx.Module):
-    """For CIFAR-10: three stages of nine blocks with 16, 32 and 64 channels."""
+class ResNet(nnx.Module):
+    """Stages of residual blocks, each with twice the channels and half the pixels.
 
-    def __init__(self, rngs: nnx.Rngs, dtype: Any = None, blocks: int = 9):
+    For CIFAR-10 the blocks are of two 3x3; for ImageNet bottlenecks of 1x1, 3x3 and
+    1x1, the stride in the 3x3, after a 7x7 and pooling.
+    """
+
+    def __init__(
+        self, rngs, dtype=None, *, blocks, width=64, classes=1000, imagenet=False
+    ):
         """Initialise the layers."""
-        self.stem = ConvNorm(3, 16, 3, rngs, dtype=dtype)
-        stages, inputs = [], 16
-        for channels in (16, 32, 64):
-            for _ in range(blocks):
-                stride = channels // inputs
-                shapes = [(channels, 3, stride), (channels, 3, 1)]
-                stages.append(Block(inputs, shapes, stride, rngs, dtype))
-                inputs = channels
-        self.blocks = nnx.List(stages)
-        self.head = nnx.Linear(64, 10, rngs=rngs, dtype=dtype)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images [batch, 32, 32, 3] to logits [batch, 10]."""
-        x = nnx.relu(self.stem(images))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean((1, 2)))
-
-
-class ResNet50(nnx.Module):
-    """For ImageNet: stages of 3, 4, 6 and 3 bottleneck blocks, stride in the 3x3."""
-
-    def __init__(self, rngs: nnx.Rngs, dtype: Any = None, blocks=(3, 4, 6, 3)):
-        """Initialise the layers."""
-        self.stem = ConvNorm(3, 64, 7, rngs, stride=2, dtype=dtype)
-        layers, inputs = [], 64
+        self.imagenet = imagenet
+        size, stride = (7, 2) if imagenet else (3, 1)
+        self.stem = ConvNorm(3, width, size, rngs, stride, dtype)
+        layers, inputs = [], width
         for stage, count in enumerate(blocks):
-            width = 64 * 2**stage
+            channels = width * 2**stage
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                shapes = [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
+                shapes = [(channels, 3, stride), (channels, 3, 1)]
+                if imagenet:
+                    shapes = [(channels, 1, 1), shapes[0], (4 * channels, 1, 1)]
                 layers.append(Block(inputs, shapes, stride, rngs, dtype))
-                inputs = 4 * width
+                inputs = shapes[-1][0]
         self.blocks = nnx.List(layers)
-        self.head = nnx.Linear(inputs, 1000, rngs=rngs, dtype=dtype)
+        self.head = nnx.Linear(inputs, classes, rngs=rngs, dtype=dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images [batch, height, width, 3] to logits [batch, 1000]."""
+        """Map images [batch, height, width, 3] to logits [batch, classes]."""
         x = nnx.relu(self.stem(images))
-        x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        if self.imagenet:
+            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((1, 2)))
@@ -212,7 +192,7 @@ MODELS = {
     "mlp": partial(LeNet300, inputs=64),  # scikit-learn's digits of 8x8 pixels
     "lenet_300_100": LeNet300,
     "lenet5": LeNet5,
-    "resnet56": ResNet56,
+    "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16, classes=10),
     "densenet40": DenseNet40,
-    "resnet50": ResNet50,
+    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), imagenet=True),
 }
