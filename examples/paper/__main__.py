@@ -32,8 +32,7 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     results = argparse.ArgumentParser(add_help=False)
-    default = Path("results/paper")
-    results.add_argument("--results", type=Path, default=default, help="folder")
+    results.add_argument("--results", type=Path, default="results/paper", help="folder")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list all recipes")
     add = commands.add_parser("run", parents=[results], help="run recipes").add_argument
@@ -41,8 +40,7 @@ def parse_args(argv=None):
     add("--seeds", type=positive, default=3, help="number of seeds, from 0 on")
     add("--data", help="folder of idx files or prepared tfds data")
     add("--bfloat16", action="store_true", help="compute in bfloat16")
-    told = "test on the last sixth of the training set, which is not trained on"
-    add("--validate", action="store_true", help=told)
+    add("--validate", action="store_true", help="test on a sixth of the training set")
     commands.add_parser("table", parents=[results], help="print results as Markdown")
     draw = commands.add_parser("figure", parents=[results], help="draw densities")
     draw.add_argument("--output", type=Path, default=Path("results/densities.png"))

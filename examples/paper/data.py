@@ -22,12 +22,6 @@ IDX_FOLDERS = {  # where Debian's package and others put them
     "mnist": ("data/mnist", "/usr/share/datasets/mnist"),
     "fashion_mnist": ("data/fashion_mnist", "/usr/share/datasets/fashion-mnist"),
 }
-TFDS = {  # name: (name there, train split, test split)
-    "mnist": ("mnist", "train", "test"),
-    "fashion_mnist": ("fashion_mnist", "train", "test"),
-    "cifar10": ("cifar10", "train", "test"),
-    "imagenet": ("imagenet2012", "train", "validation"),
-}
 STATISTICS = {  # mean and standard deviation of the channels of images / 255
     "digits": ((0.0,), (16 / 255,)),  # grey values are 0 to 16 there
     "mnist": ((0.1307,), (0.3081,)),
@@ -71,7 +65,7 @@ class Data(NamedTuple):
 
 
 def load(name: str, folder: str | Path | None = None, validate: bool = False) -> Data:
-    """Load a data set.
+    """Load a data set, into memory but for `imagenet`, which is read batch by batch.
 
     Args:
         name: one of `STATISTICS`.
@@ -81,17 +75,10 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
         validate: whether to train on the first five sixths of the training set and to
             test on the rest of it. Settings are to be chosen that way.
 
-    Returns:
-        A `Data`, in memory but for `imagenet`, which is read batch by batch.
-
     Raises:
         ValueError: for an unknown name.
         FileNotFoundError: if the data are not there; the message says what to do.
         ImportError: if the data are there, and tensorflow-datasets is not.
-
-    Example:
-        >>> load("digits").train.images.shape
-        (1437, 8, 8, 1)
     """
     if name not in STATISTICS:
         known = ", ".join(STATISTICS)
@@ -116,26 +103,22 @@ def digits() -> tuple[Arrays, Arrays, str]:
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
-    parts = train_test_split(
-        images, labels, test_size=360, random_state=0, stratify=labels
-    )
-    return Arrays(parts[0], parts[2]), Arrays(parts[1], parts[3]), "scikit-learn"
+    how = {"test_size": 360, "random_state": 0, "stratify": labels}
+    x, test_x, y, test_y = train_test_split(images, labels, **how)
+    return Arrays(x, y), Arrays(test_x, test_y), "scikit-learn"
 
 
 def from_idx(name: str, folder: str | Path | None):
     """Return training set, test set and folder of idx files; None if there are none."""
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     for place in idx_folders(name, folder):
-        parts = [
-            [find(place, f"{part}-{kind}") for kind in kinds]
-            for part in ("train", "t10k")
+        paths = [
+            find(place, f"{x}-{kind}") for x in ("train", "t10k") for kind in kinds
         ]
-        if all(path for pair in parts for path in pair):
-            train, test = (
-                Arrays(read_idx(images)[..., None], read_idx(labels).astype(np.int32))
-                for images, labels in parts
-            )
-            return train, test, str(place)
+        if all(paths):
+            x, y, test_x, test_y = map(read_idx, paths)
+            train = Arrays(x[..., None], y.astype(np.int32))
+            return train, Arrays(test_x[..., None], test_y.astype(np.int32)), str(place)
     return None
 
 
@@ -165,11 +148,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an idx file of unsigned bytes, which is compressed if its name ends in .gz.
-
-    Raises:
-        ValueError: if it is no such file, or is cut off.
-    """
+    """Read an idx file of unsigned bytes, compressed if its name ends in .gz."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -185,7 +164,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 def from_tfds(name: str, folder: str | Path | None):
     """Return training set, test set and folder of what tensorflow-datasets prepared."""
-    builder, *splits = TFDS[name]
+    imagenet = name == "imagenet"
+    builder = "imagenet2012" if imagenet else name
     # tensorflow-datasets itself would try to download for minutes: look first.
     prepared = lambda place: any((place / builder).glob("*/*.array_record*"))
     place = next(filter(prepared, tfds_folders(folder)), None)
@@ -200,9 +180,9 @@ def from_tfds(name: str, folder: str | Path | None):
         ) from error
     train, test = (
         tfds.data_source(builder, split=split, data_dir=place, download=False)
-        for split in splits
+        for split in ("train", "validation" if imagenet else "test")
     )
-    if name == "imagenet":
+    if imagenet:
         return Stream(train, random=True), Stream(test, random=False), str(place)
     return read_whole(train), read_whole(test), str(place)
 
@@ -217,19 +197,20 @@ def read_whole(source: Sequence[Any]) -> Arrays:
 def what_to_do(name: str, builder: str, folder: str | Path | None) -> str:
     """Explain how to get a data set."""
     places = tfds_folders(folder)
+    looked = ", ".join(str(place / builder) for place in places)
     lines = [f"{name} is not on this machine, and nothing is downloaded from here."]
     if name in IDX_FOLDERS:
         lines.append(
-            f"Either put its four idx files (compressed or not) into a folder and name "
-            f"it with --data or GSM_DATA; looked in: "
+            "Either put its four idx files (compressed or not) into a folder and name "
+            "it with --data or GSM_DATA; looked in: "
             f"{', '.join(map(str, idx_folders(name, folder)))}."
         )
     if name == "fashion_mnist":
         lines.append("Debian and Ubuntu: apt install dataset-fashion-mnist.")
     lines.append(
-        f"With tensorflow and tensorflow-datasets installed and a network, prepare it "
-        f"once (looked in: {', '.join(str(place / builder) for place in places)}):\n"
-        f'    python -c "import tensorflow_datasets as tfds; '
+        "With tensorflow and tensorflow-datasets installed and a network, prepare it "
+        f"once (looked in: {looked}):\n"
+        '    python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{builder}', data_dir='{places[0]}', "
         "file_format='array_record').download_and_prepare()\""
     )

@@ -41,18 +41,11 @@ def run(
     validate: bool = False,
     bfloat16: bool = False,
 ) -> records.Record:
-    """Run what is left of a recipe.
+    """Run what is left of a recipe, and return its record.
 
-    Args:
-        recipe: what to do.
-        seed: of the initial weights, the order of the images and their augmentation.
-        results: folder of the records and checkpoints.
-        folder: of the data; see `examples.paper.data.load`.
-        validate: whether to test on a part of the training set.
-        bfloat16: whether to compute in bfloat16.
-
-    Returns:
-        The record, which is written anew whenever an accuracy is known.
+    The seed is that of the initial weights, the order of the images and their
+    augmentation. Records and checkpoints are in `results`, the data in `folder`
+    (`examples.paper.data.load`). The record is written whenever an accuracy is known.
     """
     path = records.path_of(results, recipe.name, seed, validate, bfloat16)
     data = load(recipe.data, folder, validate)
@@ -169,19 +162,20 @@ def digest(name: Any, arrays: Any) -> str:
 
 def decay(phase: Phase, steps_per_epoch: int) -> float:
     """The decay budget of a phase of GSM."""
-    rate, steps = methods.schedule(phase, steps_per_epoch), phase.epochs
+    rate, steps = (
+        methods.schedule(phase, steps_per_epoch),
+        phase.epochs * steps_per_epoch,
+    )
     kind = {"momentum": phase.momentum, "weight_decay": phase.weight_decay}
-    return float(decay_budget_left(rate, steps * steps_per_epoch, **kind)(0))
+    return float(decay_budget_left(rate, steps, **kind)(0))
 
 
 def layers(params: Any) -> list[dict[str, Any]]:
     """Entries and survivors of every kernel, in the order of the network."""
     report = sparsity_report(nnx.to_pure_dict(params))
-    return [
-        {"path": leaf.path, "entries": leaf.entries, "nonzero": leaf.nonzero}
-        for leaf in report.leaves
-        if leaf.prunable
-    ]
+    names = ("path", "entries", "nonzero")
+    told = lambda leaf: {name: getattr(leaf, name) for name in names}
+    return [told(leaf) for leaf in report.leaves if leaf.prunable]
 
 
 def environment() -> dict[str, Any]:

@@ -15,11 +15,7 @@ FEW = 6  # layers that there is room to name
 
 
 def draw(results: Path, output: Path) -> plt.Figure:
-    """Draw one panel a recipe that has been run, mean and range of its seeds; save it.
-
-    Raises:
-        SystemExit: if there are no records of any.
-    """
+    """Draw and save a panel a recipe that has been run, mean and range of its seeds."""
     records = read(results)
     recipes = [
         recipe

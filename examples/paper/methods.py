@@ -68,16 +68,9 @@ class PruneGraduallyState(NamedTuple):
 
 
 def prune_gradually(ratio: optax.Schedule, every: int = 100):
-    """Every so many steps, prune by magnitude over the whole model; last in a chain.
+    """Prune by magnitude over the whole model every so many steps; last in a chain.
 
-    What was pruned stays zero, as long as the ratio does not fall.
-
-    Args:
-        ratio: fraction of the kernel entries that is zero, a schedule of the step.
-        every: steps between two choices of the mask.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`.
+    What was pruned stays zero, as long as the ratio (of zeros) does not fall.
     """
 
     def init_fn(params):

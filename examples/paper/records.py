@@ -13,13 +13,8 @@ from examples.paper.recipes import RECIPES, Recipe, settings
 Record = dict[str, Any]
 
 PRUNED = ("dense", "one-shot", "gradual", "GSM", "GSM pruned", "GSM tuned")
-TICKETS = (
-    "dense",
-    "magnitude, initial",
-    "magnitude, early",
-    "GSM, initial",
-    "GSM, early",
-)
+CHOICES = ("magnitude, initial", "magnitude, early", "GSM, initial", "GSM, early")
+TICKETS = ("dense", *CHOICES)
 
 
 def path_of(folder: Path, name: str, seed: int, validate: bool, bfloat16: bool) -> Path:

@@ -62,9 +62,8 @@ def row(recipe: Recipe, records: Sequence[Record], columns: Sequence[str]):
     cells = [cell(name) for name in columns]
     if recipe.data == "imagenet" and records:
         cells = [f"{cell(name)} / {cell(f'{name}, top 5')}" for name in columns]
-    paper = recipe.paper or "-"
-    if recipe.paper and recipe.data == "fashion_mnist":
-        paper += " (MNIST)"
+    other = " (MNIST)" if recipe.paper and recipe.data == "fashion_mnist" else ""
+    paper = (recipe.paper or "-") + other
     seeds = str(len(records)) if records else "not run"
     head = [recipe.title, f"{recipe.compression:g}x", epochs(recipe), seeds]
     return [*head, *cells, paper]
@@ -91,15 +90,11 @@ def machine(record: Record) -> str:
 
 def recipes_table() -> str:
     """Names of all recipes and what they are."""
-    lines = [
-        [
-            f"`{recipe.name}`",
-            recipe.title + (", tickets" if recipe.tickets else ""),
-            f"{recipe.compression:g}x",
-            epochs(recipe),
-        ]
-        for recipe in RECIPES.values()
-    ]
+    lines = []
+    for recipe in RECIPES.values():
+        title = recipe.title + (", tickets" if recipe.tickets else "")
+        size = f"{recipe.compression:g}x"
+        lines.append([f"`{recipe.name}`", title, size, epochs(recipe)])
     return markdown(["recipe", "network, data", "compression", "epochs"], lines, 2)
 
 

@@ -69,19 +69,10 @@ def train(
 ) -> State:
     """Run one phase, from its last checkpoint if there is one.
 
-    Args:
-        step: `(state, images, labels) -> (state, loss)`.
-        state: where to start; it is used up.
-        feed: `(first, last) ->` iterator over the images and labels of these steps.
-        last: steps in all.
-        folder: for the checkpoints of this phase and no other.
-        label: what the progress bar is called.
-
-    Returns:
-        The state after the last step, which has been saved.
-
-    Raises:
-        FloatingPointError: if the loss is not finite.
+    `step(state, images, labels)` returns state and loss, `feed(first, last)` yields the
+    images and labels of these steps. `state` is used up. Every phase has a folder for
+    its checkpoints. Returns the state after step `last`, which has been saved; raises a
+    `FloatingPointError` if the loss is not finite.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
     with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
