@@ -148,6 +148,14 @@ def train_epoch(params, state, x, y, rows, ratio, frozen):
     return jax.lax.scan(one, (params, state), rows)[0]
 
 
+def progress(items, label):
+    """Yield the items, with a bar or, where there is no terminal, a line at the end."""
+    bar = tqdm(items, desc=label, disable=None)
+    yield from bar
+    if bar.disable:
+        print(f"{label} done", flush=True)
+
+
 def similarities(trainer, ratio, seed=0):
     """CKA and structural similarity with the final network: [epoch, layer] each."""
     history = list(trainer.run(seed, ratio))
@@ -198,7 +206,7 @@ def compare(trainer, seeds, ratio=0.9):
     for level, periods in enumerate(PERIODS):
         jobs += [(name, level, s) for name, s in schemes(trainer, periods).items()]
     records = []
-    for name, level, schedule in tqdm(jobs, desc=f"{trainer.name}: schemes"):
+    for name, level, schedule in progress(jobs, f"{trainer.name}: schemes"):
         record = {
             "scheme": name,
             "level": level,
@@ -321,7 +329,7 @@ def main(argv=None):
     for trainer in trainers:
         similarity = {
             str(ratio): similarities(trainer, ratio)
-            for ratio in tqdm(SPARSITIES, desc=f"{trainer.name}: similarity")
+            for ratio in progress(SPARSITIES, f"{trainer.name}: similarity")
         }
         records = compare(trainer, args.seeds)
         results[trainer.name] = {"similarity": similarity, "schemes": records}

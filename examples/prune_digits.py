@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from gsm_optax import decay_budget, gsm_sgd, prune, sparsity_report
+from gsm_optax import Recorder, decay_budget, gsm_sgd, plot, prune, sparsity_report
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -88,49 +88,48 @@ def steps_schedule(learning_rate, steps):
     )
 
 
-def train(model, tx, data, epochs, rng, history, label):
-    """Train `model` in place; append (accuracy, near-zero %) to `history` by epoch."""
+def train(model, tx, data, epochs, rng, label, after_epoch=lambda *args: None):
+    """Train `model` in place; call `after_epoch(step, model, optimizer)`."""
     (images, labels), test = data
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    progress = tqdm(range(epochs), desc=label, unit="epoch", leave=False)
+    optimizer, step = nnx.Optimizer(model, tx, wrt=nnx.Param), 0
+    progress = tqdm(range(epochs), desc=label, unit="epoch", leave=False, disable=None)
     for _ in progress:
         order = rng.permutation(len(images))
         for start in range(0, len(order) - BATCH + 1, BATCH):
-            batch = order[start : start + BATCH]
+            batch, step = order[start : start + BATCH], step + 1
             train_step(model, optimizer, images[batch], labels[batch])
-        near_zero = 100 * report(model).prunable.below(1e-4)
-        history.append((float(accuracy(model, *test)), near_zero))
-        progress.set_postfix_str(
-            f"accuracy {history[-1][0]:.1f}%, near zero {history[-1][1]:.1f}%"
-        )
+        after_epoch(step, model, optimizer)
+        status = f"accuracy {float(accuracy(model, *test)):.1f}%"
+        progress.set_postfix_str(status)
+    if progress.disable:  # no terminal: one line a phase
+        print(f"{label}: {epochs} epochs, {status}", flush=True)
 
 
 def run(seed, data, tx, args):
     """Dense training, GSM, pruning; returns the accuracies (%) and what to draw."""
     test, rng = data[1], np.random.default_rng(seed)
     steps_per_epoch = len(data[0][0]) // BATCH
-    model, history = MLP(nnx.Rngs(seed)), []
+    model, recorder = MLP(nnx.Rngs(seed)), Recorder()
 
     dense_steps = args.dense_epochs * steps_per_epoch
     dense_tx = optax.chain(
         optax.add_decayed_weights(5e-4),
         optax.sgd(steps_schedule(3e-2, dense_steps), momentum=0.9),
     )
-    train(model, dense_tx, data, args.dense_epochs, rng, history, f"seed {seed} dense")
-    dense = float(accuracy(model, *test))
+    train(model, dense_tx, data, args.dense_epochs, rng, f"seed {seed} dense")
+    scores = {"dense": float(accuracy(model, *test))}
     one_shot = float(accuracy(pruned(model, args.ratio), *test))
 
-    train(model, tx, data, args.epochs, rng, history, f"seed {seed} GSM")
-    gsm = float(accuracy(model, *test))
+    def record(step, model, optimizer):
+        recorder(step, nnx.state(model, nnx.Param), optimizer.opt_state)
+        recorder.records[-1]["accuracy"] = float(accuracy(model, *test))
 
+    train(model, tx, data, args.epochs, rng, f"seed {seed} GSM", record)
     sparse = pruned(model, args.ratio)
-    scores = {
-        "dense": dense,
-        "GSM": gsm,
-        "GSM pruned": float(accuracy(sparse, *test)),
-        "one-shot": one_shot,
-    }
-    return scores, history, report(sparse)
+    scores["GSM"] = float(accuracy(model, *test))
+    scores["GSM pruned"] = float(accuracy(sparse, *test))
+    scores["one-shot"] = one_shot
+    return scores, recorder.records, report(sparse)
 
 
 def pruned(model, ratio):
@@ -153,80 +152,33 @@ def print_table(results):
         print(f"{name:18}" + "".join(f"{value:12.2f}" for value in row))
 
 
-def draw(path, results, histories, reports, args):
-    """Draw accuracy, near-zero fraction and per-layer density, side by side."""
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 3.4), layout="constrained"
-    )
-    history = np.array(histories)  # [seed, epoch, (accuracy, near zero)]
-    draw_history(left, history[..., 0], args.dense_epochs)
-    draw_history(middle, history[..., 1], args.dense_epochs)
+def draw(path, results, runs, ratio):
+    """Draw accuracy, near-zero fraction and density by layer over the steps of GSM."""
+    figure = plt.figure(figsize=(11, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for records in runs:
+        steps = [record["step"] for record in records]
+        values = [record["accuracy"] for record in records]
+        left.plot(steps, values, color=plot.BLUE, linewidth=0.8, alpha=0.5)
     mean = {name: np.mean([scores[name] for scores in results]) for name in results[0]}
-    mark_accuracies(left, mean, args.dense_epochs, history.shape[1])
-    goal = 100 * args.ratio
-    middle.axhline(goal, color="black", linestyle="--", linewidth=1)
-    middle.text(history.shape[1], goal - 3, "to be pruned", ha="right", va="top")
-    middle.set(ylabel="kernel entries below 1e-4 (%)", title="On their way to zero")
-    draw_density(right, reports, 100 - goal)
-    seeds = f"{args.seeds} seed{'s' if args.seeds > 1 else ''}"
+    marks = {  # place on the axis, look, and what it says
+        "dense": (0, mean["dense"], "o", "0.35", "dense"),
+        "one-shot": (0, mean["one-shot"], "X", "black", "dense, pruned at once"),
+        "GSM": (steps[-1], mean["GSM pruned"], "*", plot.ORANGE, "GSM, pruned"),
+    }
+    for step, value, marker, colour, text in marks.values():
+        label = f"{text}: {value:.1f} %"
+        left.plot(step, value, marker, color=colour, label=label, ms=10, clip_on=False)
+    left.set(ylim=(0, 104), xlabel="step", ylabel="test accuracy (%)", title="Accuracy")
+    left.legend(frameon=False, loc="center right")
+    plot.near_zero(runs[0], middle)
+    plot.density(runs[0], right)
+    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     figure.suptitle(
-        f"Digits, 64-300-100-10, {1 / (1 - args.ratio):.0f}x: mean and range of {seeds}"
+        f"Digits, 64-300-100-10, {1 / (1 - ratio):.0f}x, while GSM trains: "
+        f"accuracy of {seeds}, weights of seed 0"
     )
     figure.savefig(path, dpi=110)
-
-
-def draw_history(axis, values, dense_epochs):
-    """Draw percentages [seed, epoch]: the mean as a line, the range as a band."""
-    epochs, colour = np.arange(1, values.shape[1] + 1), "#1f4e9c"
-    axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.25)
-    axis.plot(epochs, values.mean(0), color=colour, linewidth=1.5)
-    axis.axvline(dense_epochs, color="0.4", linestyle=":", linewidth=1)
-    axis.set(ylim=(0, 104), xlabel="epoch")
-
-
-def mark_accuracies(axis, mean, dense_epochs, last_epoch):
-    """Mark what pruning costs after GSM, and at once."""
-    gsm, one_shot = mean["GSM pruned"], mean["one-shot"]
-    axis.plot(last_epoch, gsm, "*", color="#d55e00", markersize=13, zorder=3)
-    axis.annotate(
-        f"GSM, then pruned\n{gsm:.1f} %",
-        (last_epoch, gsm),
-        xytext=(-10, -34),
-        textcoords="offset points",
-        ha="right",
-        color="#b34700",
-    )
-    axis.plot(dense_epochs, one_shot, "X", color="black", markersize=9)
-    axis.annotate(
-        f"dense, pruned at once\n{one_shot:.1f} %",
-        (dense_epochs, one_shot),
-        xytext=(10, -4),
-        textcoords="offset points",
-    )
-    axis.text(dense_epochs, 60, "  GSM from here", color="0.3", fontsize=9)
-    axis.set(ylabel="test accuracy (%)", title="Accuracy")
-
-
-def draw_density(axis, reports, kept):
-    """Draw the percentage of entries that every layer kept, and that of the model."""
-    layers = [[leaf for leaf in report.leaves if leaf.prunable] for report in reports]
-    density = 100 * np.array([[leaf.density for leaf in row] for row in layers])
-    names = [
-        f"{leaf.path.split('/')[0]}\n{leaf.shape[0]}x{leaf.shape[1]}"
-        for leaf in layers[0]
-    ]
-    mean = density.mean(0)
-    spread = [mean - density.min(0), density.max(0) - mean]
-    bars = axis.bar(
-        names, mean, yerr=spread, color="#56b4e9", edgecolor="black", capsize=4
-    )
-    label = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axis.bar_label(bars, fmt="%.1f %%", padding=6, bbox=label)
-    line = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 0}
-    axis.axhline(kept, label=f"whole model: {kept:.1f} %", **line)
-    axis.legend(loc="upper left", frameon=False)
-    axis.set(ylabel="entries kept (%)", title="Density found by layer")
-    axis.margins(y=0.2)
 
 
 def parse_args(argv=None):
@@ -255,18 +207,18 @@ def main(argv=None):
         tx = gsm_sgd(schedule, args.ratio, **GSM_RECIPE)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print(decay_budget(schedule, steps, **GSM_RECIPE), end="\n\n")
+    print(decay_budget(schedule, steps, **GSM_RECIPE), end="\n\n", flush=True)
 
-    seeds = tqdm(range(args.seeds), desc="seeds", unit="seed")
+    seeds = tqdm(range(args.seeds), desc="seeds", unit="seed", disable=None)
     runs = [run(seed, data, tx, args) for seed in seeds]
-    results, histories, reports = zip(*runs, strict=True)
+    results, records, reports = zip(*runs, strict=True)
     print()
     print_table(results)
     print(f"\nlayers after pruning, seed 0\n{reports[0]}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     figure = args.output / "prune_digits.png"
-    draw(figure, results, histories, reports, args)
+    draw(figure, results, records, args.ratio)
     (args.output / "prune_digits.json").write_text(json.dumps(results, indent=1))
     print(f"\nfigure: {figure}")
     return results

@@ -53,7 +53,9 @@ def train(args, data):
     )
     with ocp.CheckpointManager(args.folder.resolve(), options=options) as checkpoints:
         start = restore(checkpoints, model, optimizer)
-        for step in tqdm(range(start, args.steps), initial=start, total=args.steps):
+        # Without a terminal there is no bar, and the result is the line to read.
+        left = range(start, args.steps)
+        for step in tqdm(left, initial=start, total=args.steps, disable=None):
             train_step(model, optimizer, *batch_of(step, *data))
             # Saved in the background, and only every --every steps.
             state = nnx.state((model, optimizer))

@@ -18,7 +18,7 @@ def is_static(value: Any) -> bool:
 
 def concrete(value: Any) -> float | None:
     """The number that a scalar is, or None where it is traced."""
-    return None if isinstance(value, jax.core.Tracer) else float(value)
+    return None if isinstance(value, Tracer) else float(value)
 
 
 def check_ratio(ratio: Any) -> None:

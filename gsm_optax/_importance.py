@@ -124,7 +124,7 @@ def _gradient(param: jax.Array, grad: jax.Array) -> jax.Array:
     return gradient_importance(param, in_single_precision(grad))
 
 
-_ENTRYWISE = {
+_ENTRYWISE: dict[Importance, ScoreFn] = {
     taylor_importance: _taylor,
     magnitude_importance: _magnitude,
     gradient_importance: _gradient,
@@ -136,7 +136,9 @@ def _part_of(score: ScoreFn) -> ScoreFn:
 
 
 # One function each, because jit knows functions by their identity.
-_AMONG = {score: _part_of(score) for score in (stored, *_ENTRYWISE.values())}
+_AMONG: dict[ScoreFn, ScoreFn] = {
+    score: _part_of(score) for score in (stored, *_ENTRYWISE.values())
+}
 
 
 def _call(importance: Importance, param: jax.Array, grad: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from gsm_optax._paths import check_arrays, leaf_paths
 
@@ -176,7 +177,7 @@ def warn_of_zeros(flags: Any, params: Any) -> None:
 
 
 def _is_all_zeros(x: Any) -> bool:
-    if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
         return False
     with jax.ensure_compile_time_eval():  # known, also where jit traces this
         return x.size > 0 and not bool(jnp.any(x != 0))

@@ -51,7 +51,7 @@ def only_part(
     """
     scored = [(*args, part) for args, part in zip(scored, parts, strict=True)]
     counted = [
-        tuple(jnp.where(part, np.int32(word), 0) for word in words)
-        for words, part in zip(entries, parts, strict=True)
+        (jnp.where(part, np.int32(high), 0), jnp.where(part, np.int32(low), 0))
+        for (high, low), part in zip(entries, parts, strict=True)
     ]
     return among(score), scored, counted

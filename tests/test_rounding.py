@@ -8,13 +8,12 @@ import pytest
 
 from gsm_optax import (
     decay_budget,
-    freeze_blocks,
     gsm_sgd,
     magnitude_mask,
     prune,
-    single_shot,
     stochastic_rounding,
 )
+from gsm_optax.freezing import freeze_blocks, single_shot
 
 
 def wide(x):

@@ -18,19 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
 IDX_FOLDERS = {  # where Debian's package and others put them
     "mnist": ("data/mnist", "/usr/share/datasets/mnist"),
     "fashion_mnist": ("data/fashion_mnist", "/usr/share/datasets/fashion-mnist"),
-}
-TFDS = {  # name: (name there, train split, test split)
-    "mnist": ("mnist", "train", "test"),
-    "fashion_mnist": ("fashion_mnist", "train", "test"),
-    "cifar10": ("cifar10", "train", "test"),
-    "imagenet": ("imagenet2012", "train", "validation"),
 }
 STATISTICS = {  # mean and standard deviation of the channels of images / 255
     "digits": ((0.0,), (16 / 255,)),  # grey values are 0 to 16 there
@@ -39,7 +29,6 @@ STATISTICS = {  # mean and standard deviation of the channels of images / 255
     "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-NAMES = tuple(STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -76,46 +65,34 @@ class Data(NamedTuple):
 
 
 def load(name: str, folder: str | Path | None = None, validate: bool = False) -> Data:
-    """Load a data set.
+    """Load a data set, into memory but for `imagenet`, which is read batch by batch.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `STATISTICS`.
         folder: where idx files, or prepared data sets of tensorflow-datasets, lie; the
             idx files in a subfolder of the data set's name, or directly. By default
             that of the environment variable `GSM_DATA`, and the usual places.
         validate: whether to train on the first five sixths of the training set and to
             test on the rest of it. Settings are to be chosen that way.
 
-    Returns:
-        A `Data`, in memory but for `imagenet`, which is read batch by batch.
-
     Raises:
         ValueError: for an unknown name.
         FileNotFoundError: if the data are not there; the message says what to do.
         ImportError: if the data are there, and tensorflow-datasets is not.
-
-    Example:
-        >>> load("digits").train.images.shape
-        (1437, 8, 8, 1)
     """
-    if name not in NAMES:
-        raise ValueError(f"data {name!r} is unknown; there are {', '.join(NAMES)}.")
+    if name not in STATISTICS:
+        known = ", ".join(STATISTICS)
+        raise ValueError(f"data {name!r} is unknown; there are {known}.")
     if name == "digits":
         train, test, source = digits()
     else:
         train, test, source = from_idx(name, folder) or from_tfds(name, folder)
     if validate:
-        train, test = split(train)
+        if not isinstance(train, Arrays):
+            raise ValueError("a validation set is split off only from data in memory.")
+        rows, cut = np.arange(len(train)), len(train) * 5 // 6
+        train, test = (Arrays(*train.read(part)) for part in (rows[:cut], rows[cut:]))
     return Data(train, test, *STATISTICS[name], name == "cifar10", source)
-
-
-def split(train: Any) -> tuple[Arrays, Arrays]:
-    """Split a training set at five sixths."""
-    if not isinstance(train, Arrays):
-        raise ValueError("a validation set is split off only from images in memory.")
-    cut = len(train) * 5 // 6
-    first, last = np.arange(cut), np.arange(cut, len(train))
-    return Arrays(*train.read(first)), Arrays(*train.read(last))
 
 
 def digits() -> tuple[Arrays, Arrays, str]:
@@ -126,22 +103,22 @@ def digits() -> tuple[Arrays, Arrays, str]:
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
-    parts = train_test_split(
-        images, labels, test_size=360, random_state=0, stratify=labels
-    )
-    return Arrays(parts[0], parts[2]), Arrays(parts[1], parts[3]), "scikit-learn"
+    how = {"test_size": 360, "random_state": 0, "stratify": labels}
+    x, test_x, y, test_y = train_test_split(images, labels, **how)
+    return Arrays(x, y), Arrays(test_x, test_y), "scikit-learn"
 
 
 def from_idx(name: str, folder: str | Path | None):
     """Return training set, test set and folder of idx files; None if there are none."""
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     for place in idx_folders(name, folder):
-        found = [[find(place, file) for file in pair] for pair in IDX_FILES.values()]
-        if all(path for pair in found for path in pair):
-            train, test = (
-                Arrays(read_idx(images)[..., None], read_idx(labels).astype(np.int32))
-                for images, labels in found
-            )
-            return train, test, str(place)
+        paths = [
+            find(place, f"{x}-{kind}") for x in ("train", "t10k") for kind in kinds
+        ]
+        if all(paths):
+            x, y, test_x, test_y = map(read_idx, paths)
+            train = Arrays(x[..., None], y.astype(np.int32))
+            return train, Arrays(test_x[..., None], test_y.astype(np.int32)), str(place)
     return None
 
 
@@ -171,17 +148,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an idx file of unsigned bytes, compressed or not.
-
-    Args:
-        path: the file; compressed if its name ends in `.gz`.
-
-    Returns:
-        A uint8 array of the shape that the file tells.
-
-    Raises:
-        ValueError: if it is no such file, or is cut off.
-    """
+    """Read an idx file of unsigned bytes, compressed if its name ends in .gz."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -197,31 +164,27 @@ def read_idx(path: Path) -> np.ndarray:
 
 def from_tfds(name: str, folder: str | Path | None):
     """Return training set, test set and folder of what tensorflow-datasets prepared."""
-    builder, *splits = TFDS[name]
+    imagenet = name == "imagenet"
+    builder = "imagenet2012" if imagenet else name
     # tensorflow-datasets itself would try to download for minutes: look first.
-    places = [
-        place
-        for place in tfds_folders(folder)
-        if list((place / builder).glob("*/*.array_record*"))
-    ]
-    if not places:
+    prepared = lambda place: any((place / builder).glob("*/*.array_record*"))
+    place = next(filter(prepared, tfds_folders(folder)), None)
+    if place is None:
         raise FileNotFoundError(what_to_do(name, builder, folder))
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            f"{name} lies in {places[0]}, but {error.name} is not installed: "
+            f"{name} lies in {place}, but {error.name} is not installed: "
             "pip install tensorflow-datasets array_record"
         ) from error
     train, test = (
-        tfds.data_source(builder, split=split, data_dir=places[0], download=False)
-        for split in splits
+        tfds.data_source(builder, split=split, data_dir=place, download=False)
+        for split in ("train", "validation" if imagenet else "test")
     )
-    if name == "imagenet":
-        train, test = Stream(train, random=True), Stream(test, random=False)
-    else:
-        train, test = read_whole(train), read_whole(test)
-    return train, test, str(places[0])
+    if imagenet:
+        return Stream(train, random=True), Stream(test, random=False), str(place)
+    return read_whole(train), read_whole(test), str(place)
 
 
 def read_whole(source: Sequence[Any]) -> Arrays:
@@ -234,19 +197,20 @@ def read_whole(source: Sequence[Any]) -> Arrays:
 def what_to_do(name: str, builder: str, folder: str | Path | None) -> str:
     """Explain how to get a data set."""
     places = tfds_folders(folder)
+    looked = ", ".join(str(place / builder) for place in places)
     lines = [f"{name} is not on this machine, and nothing is downloaded from here."]
     if name in IDX_FOLDERS:
         lines.append(
-            f"Either put its four idx files (compressed or not) into a folder and name "
-            f"it with --data or GSM_DATA; looked in: "
+            "Either put its four idx files (compressed or not) into a folder and name "
+            "it with --data or GSM_DATA; looked in: "
             f"{', '.join(map(str, idx_folders(name, folder)))}."
         )
     if name == "fashion_mnist":
         lines.append("Debian and Ubuntu: apt install dataset-fashion-mnist.")
     lines.append(
-        f"With tensorflow and tensorflow-datasets installed and a network, prepare it "
-        f"once (looked in: {', '.join(str(place / builder) for place in places)}):\n"
-        f'    python -c "import tensorflow_datasets as tfds; '
+        "With tensorflow and tensorflow-datasets installed and a network, prepare it "
+        f"once (looked in: {looked}):\n"
+        '    python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{builder}', data_dir='{places[0]}', "
         "file_format='array_record').download_and_prepare()\""
     )
@@ -265,21 +229,16 @@ class Stream:
         """Read from a sequence of records; crop and mirror at random for training."""
         self.source, self.random, self.size = source, random, size
         self.pool = ThreadPoolExecutor()  # decoding and resizing release the GIL
+        self.fingerprint = f"{len(source)} images"  # there are too many to read them
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.source)
 
-    @property
-    def fingerprint(self) -> str:
-        """Return what stands for the images: there are too many to read them."""
-        return f"{len(self)} images"
-
     def read(self, rows: np.ndarray, seed: int = 0):
         """Return images [rows, size, size, 3] and labels; crops depend on the seed."""
-        images, labels = zip(
-            *self.pool.map(partial(self._one, seed), rows), strict=True
-        )
+        pairs = self.pool.map(partial(self._one, seed), rows)
+        images, labels = zip(*pairs, strict=True)
         return np.stack(images), np.array(labels, np.int32)
 
     def _one(self, seed: int, row: int):
@@ -289,32 +248,25 @@ class Stream:
 
 
 def crop(image: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Crop an image [height, width, 3] and resize it to [size, size, 3]."""
+    """Crop an image [height, width, 3] and resize it to [size, size, 3].
+
+    At random, if there is a generator, and mirrored half of the time; else the central
+    224 of the shorter side resized to 256.
+    """
     from PIL import Image
 
     height, width = image.shape[:2]
-    box = random_box(height, width, rng) if rng else centre_box(height, width)
-    resized = Image.fromarray(image).resize(
-        (size, size), Image.Resampling.BILINEAR, box
-    )
-    mirrored = rng is not None and rng.random() < 0.5
-    return np.asarray(resized)[:, ::-1] if mirrored else np.asarray(resized)
-
-
-def random_box(height: int, width: int, rng: np.random.Generator):
-    """Choose 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, as usual."""
-    for _ in range(10):
+    wide = high = min(height, width) * 224 / 256
+    left, top = (width - wide) / 2, (height - high) / 2
+    for _ in range(10 if rng else 0):
+        # 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, as usual.
         area = height * width * rng.uniform(0.08, 1)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        wide, high = np.sqrt(area * aspect), np.sqrt(area / aspect)
-        if wide <= width and high <= height:
+        some_wide, some_high = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if some_wide <= width and some_high <= height:
+            wide, high = some_wide, some_high
             left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
-            return left, top, left + wide, top + high
-    return centre_box(height, width)
-
-
-def centre_box(height: int, width: int):
-    """The central 224 of the shorter side resized to 256, in pixels of the image."""
-    side = min(height, width) * 224 / 256
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+            break
+    box, bilinear = (left, top, left + wide, top + high), Image.Resampling.BILINEAR
+    resized = np.asarray(Image.fromarray(image).resize((size, size), bilinear, box))
+    return resized[:, ::-1] if rng is not None and rng.random() < 0.5 else resized

@@ -8,210 +8,174 @@ run again.
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from examples.paper import methods, records
-from examples.paper.data import Arrays, load
-from examples.paper.methods import Phase
+from examples.paper import methods, records, training
+from examples.paper.data import load
 from examples.paper.models import create
-from examples.paper.recipes import Recipe
-from examples.paper.training import Task, evaluate, train
-from gsm_optax import (
-    apply_mask,
-    decay_budget_left,
-    magnitude_mask,
-    sparsity_report,
-)
+from examples.paper.recipes import Phase, Recipe, settings
+from gsm_optax import apply_mask, decay_budget_left, magnitude_mask, sparsity_report
 
-LOOPED_ON_CPU = ("mlp", "lenet_300_100", "lenet5")
+Network = tuple[Any, Any]  # parameters and batch statistics
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line decides for all recipes."""
+def run(
+    recipe: Recipe,
+    seed: int,
+    results: Path,
+    folder: str | Path | None = None,
+    *,
+    validate: bool = False,
+    bfloat16: bool = False,
+) -> records.Record:
+    """Run what is left of a recipe, and return its record.
 
-    results: Path
-    data: str | None = None
-    validate: bool = False
-    bfloat16: bool = False
+    The seed is that of the initial weights, the order of the images and their
+    augmentation. Records and checkpoints are in `results`, the data in `folder`
+    (`examples.paper.data.load`). The record is written whenever an accuracy is known.
+    """
+    path = records.path_of(results, recipe.name, seed, validate, bfloat16)
+    data = load(recipe.data, folder, validate)
+    record = records.load(path, recipe)
+    if record and records.complete(record, recipe):
+        return record
+    epoch = len(data.train) // recipe.batch  # steps
+    kind = {"seed": seed, "validate": validate, "bfloat16": bfloat16}
+    record = {"recipe": settings(recipe), **kind} | {
+        "decay_budget": decay(recipe.gsm, epoch),
+        "data": data.source,
+        "accuracy": {},
+        "seconds": record.get("seconds", {}),
+        **environment(),
+    }
+    dtype = jnp.bfloat16 if bfloat16 else None
+    graph, *initial = nnx.split(create(recipe.model, seed, dtype), nnx.Param, ...)
+    mesh = training.mesh_of(recipe.batch)
+    feed = partial(training.batches, data.train, recipe.batch, seed, mesh)
+    # The data by their content: their folder may move.
+    run_name = [recipe.model, data.train.fingerprint, recipe.batch, seed, bfloat16]
 
-
-class Network(NamedTuple):
-    """Weights, and the name of all that made them."""
-
-    params: Any
-    stats: Any
-    name: str
-
-    def masked(self, mask: Any, name: str) -> "Network":
-        """Return it with the entries outside the mask set to zero."""
-        return Network(apply_mask(self.params, mask), self.stats, f"{self.name} {name}")
-
-
-class Experiment:
-    """A recipe and a seed: trains what is missing and notes the figures."""
-
-    def __init__(self, recipe: Recipe, seed: int, options: Options):
-        """Load the data and initialise the network."""
-        self.recipe, self.seed, self.options = recipe, seed, options
-        data = load(recipe.data, options.data, options.validate)
-        dtype = jnp.bfloat16 if options.bfloat16 else None
-        model = create(recipe.model, seed, dtype)
-        graph, params, stats = nnx.split(model, nnx.Param, ...)
-        # XLA has no fast convolution inside a loop on the CPU.
-        looped = isinstance(data.train, Arrays) and (
-            recipe.model in LOOPED_ON_CPU or jax.default_backend() != "cpu"
-        )
-        self.task = Task(graph, data, recipe.batch, seed, looped)
-        fingerprint = data.train.fingerprint  # not its folder, which may move
-        parts = (recipe.model, recipe.data, fingerprint, recipe.batch, seed, dtype)
-        self.initial = Network(params, stats, " ".join(map(str, parts)))
-        kind = (options.validate, options.bfloat16)
-        self.path = records.path_of(options.results, recipe.name, seed, *kind)
-        earlier = records.load(self.path, recipe) or {}
-        self.record = {
-            "recipe": records.as_json(recipe),
-            "seed": seed,
-            "validate": options.validate,
-            "bfloat16": options.bfloat16,
-            "decay_budget": decay(recipe.gsm, self.task.steps_per_epoch),
-            "data": data.source,
-            "accuracy": {},
-            "seconds": earlier.get("seconds", {}),
-            **environment(),
-        }
-        if earlier and records.complete(earlier, recipe):
-            self.record = earlier
-
-    def train(self, label, optimizer, start, phase: Phase, *args, until=None):
-        """Train from a network through a phase; `args` go to the optimizer."""
-        tx = optimizer(phase, self.task.steps_per_epoch, *args)
-        name = f"{start.name} > {label} {phase}"
-        if optimizer in (methods.gsm, methods.gradual):
-            name += f" {args}"  # the ratio; a mask is in the name of the start
-        if until is not None:
-            name += f" until {until}"
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        folder = self.options.results / "checkpoints" / digest[:16]
-        whole, begin = not folder.exists(), time.monotonic()
-        state = train(
-            self.task,
-            tx,
-            start.params,
-            start.stats,
-            phase.epochs,
-            folder,
-            f"{self.recipe.name}, seed {self.seed}: {label}",
-            until,
+    def train(label: str, phase: Phase, network: Network, method, *args, until=None):
+        """Train a network through a phase; `args` go to the optimizer."""
+        tx = method(phase, epoch, *args)
+        name = [*run_name, settings(phase), method.__name__, until]
+        saved = results / "checkpoints" / digest(name, (network, args))
+        whole, begin = not saved.exists(), time.monotonic()
+        state = training.train(
+            partial(training.step, graph, data, seed, tx),
+            training.start(*network, tx, mesh),
+            feed,
+            until or phase.epochs * epoch,
+            saved,
+            f"{recipe.name}, seed {seed}: {label}",
         )
         if whole:
-            self.record["seconds"][label] = round(time.monotonic() - begin, 1)
-        return Network(state.params, state.stats, name)
+            record["seconds"][label] = round(time.monotonic() - begin, 1)
+        return state.params, state.stats
 
-    def note(self, label: str, network: Network) -> None:
+    def note(label: str, network: Network) -> None:
         """Evaluate a network, and write all that is known so far."""
-        top1, top5 = evaluate(self.task, network.params, network.stats)
-        self.record["accuracy"][label] = top1
-        if self.recipe.data == "imagenet":
-            self.record["accuracy"][f"{label}, top 5"] = top5
-        records.write(self.path, self.record)
+        top1, top5 = training.evaluate(graph, data, *network)
+        record["accuracy"][label] = top1
+        if recipe.data == "imagenet":
+            record["accuracy"][f"{label}, top 5"] = top5
+        records.write(path, record)
 
-    def dense(self) -> Network:
-        """The dense network, which recipes share."""
-        return self.train("dense", methods.dense, self.initial, self.recipe.dense)
+    dense = train("dense", recipe.dense, initial, methods.dense)
+    note("dense", dense)
+    if recipe.tickets:
+        until = recipe.tickets * epoch
+        early = train("early", recipe.dense, initial, methods.dense, until=until)
+        rewound = {"initial": initial, "early": early}
+        tickets(recipe, dense, rewound, record, train, note)
+    else:
+        columns(recipe, dense, record, train, note)
+    return record
 
-    def run(self) -> dict[str, Any]:
-        """Run the phases that are left; return the record, which has been written."""
-        if not records.complete(self.record, self.recipe):
-            if self.recipe.tickets:
-                self.tickets()
-            else:
-                self.columns()
-        return self.record
 
-    def columns(self) -> None:
-        """Dense, pruned at once, gradually pruned, GSM before and after, fine-tuned."""
-        recipe, ratio, dense = self.recipe, self.recipe.ratio, self.dense()
-        self.note("dense", dense)
-        self.note("one-shot", dense.masked(magnitude_mask(dense.params, ratio), ""))
-        if recipe.gradual:
-            by_magnitude = self.train(
-                "gradual", methods.gradual, dense, recipe.gradual, ratio
-            )
-            mask = magnitude_mask(by_magnitude.params, ratio)
-            self.note("gradual", by_magnitude.masked(mask, ""))
-        trained = self.train("GSM", methods.gsm, dense, recipe.gsm, ratio)
-        mask = magnitude_mask(trained.params, ratio)
-        pruned = trained.masked(mask, f"> pruned {ratio}")
-        report = sparsity_report(trained.params).prunable
-        self.record["near_zero"] = report.below(1e-4)
-        self.record["layers"] = layers(pruned.params)
-        self.note("GSM", trained)
-        self.note("GSM pruned", pruned)
-        if recipe.tuned:
-            tuned = self.train("tuned", methods.frozen, pruned, recipe.tuned, mask)
-            self.check_frozen("tuned", tuned, mask)
-            self.note("GSM tuned", tuned)
+def columns(recipe, dense: Network, record, train: Callable, note: Callable) -> None:
+    """Pruned at once, gradually pruned, GSM before and after, fine-tuned."""
+    ratio = recipe.ratio
+    note("one-shot", masked(dense, magnitude_mask(dense[0], ratio)))
+    if recipe.gradual:
+        least = train("gradual", recipe.gradual, dense, methods.gradual, ratio)
+        note("gradual", masked(least, magnitude_mask(least[0], ratio)))
+    trained = train("GSM", recipe.gsm, dense, methods.gsm, ratio)
+    mask = magnitude_mask(trained[0], ratio)
+    pruned = masked(trained, mask)
+    record["near_zero"] = sparsity_report(trained[0]).prunable.below(1e-4)
+    record["layers"] = layers(pruned[0])
+    note("GSM", trained)
+    note("GSM pruned", pruned)
+    if recipe.tuned:
+        tuned = train("tuned", recipe.tuned, pruned, methods.frozen, mask)
+        check_frozen(record, "tuned", tuned, mask)
+        note("GSM tuned", tuned)
 
-    def tickets(self) -> None:
-        """Rewind the survivors to initial and early weights and train them anew."""
-        recipe, ratio, dense = self.recipe, self.recipe.ratio, self.dense()
-        self.note("dense", dense)
-        trained = self.train("GSM", methods.gsm, dense, recipe.gsm, ratio)
-        masks = {
-            "GSM": magnitude_mask(trained.params, ratio),
-            "magnitude": magnitude_mask(dense.params, ratio),
-        }
-        early_step = recipe.tickets * self.task.steps_per_epoch
-        early = self.train(
-            "early", methods.dense, self.initial, recipe.dense, until=early_step
-        )
-        for start, rewound in {"initial": self.initial, "early": early}.items():
-            for by, mask in masks.items():
-                label = f"{by}, {start}"
-                ticket = rewound.masked(mask, f"> ticket by {by} {recipe.gsm} {ratio}")
-                winner = self.train(label, methods.frozen, ticket, recipe.dense, mask)
-                self.check_frozen(label, winner, mask)
-                self.note(label, winner)
 
-    def check_frozen(self, label: str, network: Network, mask: Any) -> None:
-        """Note how many entries are not zero outside the mask; none may be."""
-        outside = jax.tree.map(jnp.logical_not, mask)
-        moved = sparsity_report(apply_mask(network.params, outside)).total.nonzero
-        self.record.setdefault("zeros_moved", {})[label] = moved
-        if moved:
-            raise AssertionError(f"{moved} pruned entries of {label!r} have moved.")
+def tickets(recipe, dense: Network, rewound, record, train, note) -> None:
+    """Train the survivors anew, from initial and from early weights."""
+    trained = train("GSM", recipe.gsm, dense, methods.gsm, recipe.ratio)
+    for when, network in rewound.items():
+        for by, (params, _) in {"GSM": trained, "magnitude": dense}.items():
+            mask, label = magnitude_mask(params, recipe.ratio), f"{by}, {when}"
+            ticket = masked(network, mask)
+            winner = train(label, recipe.dense, ticket, methods.frozen, mask)
+            check_frozen(record, label, winner, mask)
+            note(label, winner)
+
+
+def masked(network: Network, mask: Any) -> Network:
+    """Set the entries outside the mask to zero."""
+    return apply_mask(network[0], mask), network[1]
+
+
+def check_frozen(record, label: str, network: Network, mask: Any) -> None:
+    """Note how many entries are not zero outside the mask; none may be."""
+    outside = jax.tree.map(jnp.logical_not, mask)
+    moved = sparsity_report(apply_mask(network[0], outside)).total.nonzero
+    record.setdefault("zeros_moved", {})[label] = moved
+    if moved:
+        raise AssertionError(f"{moved} pruned entries of {label!r} have moved.")
+
+
+def digest(name: Any, arrays: Any) -> str:
+    """Sixteen digits that stand for a name and the bits of all arrays."""
+    found = hashlib.sha256(json.dumps(name).encode())
+    for leaf in jax.tree.leaves(arrays):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
 
 
 def decay(phase: Phase, steps_per_epoch: int) -> float:
     """The decay budget of a phase of GSM."""
-    left = decay_budget_left(
-        phase.schedule(steps_per_epoch),
+    rate, steps = (
+        methods.schedule(phase, steps_per_epoch),
         phase.epochs * steps_per_epoch,
-        momentum=phase.momentum,
-        weight_decay=phase.weight_decay,
     )
-    return float(left(0))
+    kind = {"momentum": phase.momentum, "weight_decay": phase.weight_decay}
+    return float(decay_budget_left(rate, steps, **kind)(0))
 
 
 def layers(params: Any) -> list[dict[str, Any]]:
     """Entries and survivors of every kernel, in the order of the network."""
     report = sparsity_report(nnx.to_pure_dict(params))
-    return [
-        {"path": leaf.path, "entries": leaf.entries, "nonzero": leaf.nonzero}
-        for leaf in report.leaves
-        if leaf.prunable
-    ]
+    names = ("path", "entries", "nonzero")
+    told = lambda leaf: {name: getattr(leaf, name) for name in names}
+    return [told(leaf) for leaf in report.leaves if leaf.prunable]
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The optimizer of every phase: dense, GSM, gradual magnitude pruning, frozen zeros."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -8,56 +7,42 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from examples.paper.recipes import Phase
 from gsm_optax import apply_mask, freeze_pruned, gsm_sgd, kernels, magnitude_mask
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training: its length and the settings of its optimizer."""
+def schedule(phase: Phase, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of every step."""
+    drops = {epoch * steps_per_epoch: 0.1 for epoch in phase.drops}
+    body = optax.piecewise_constant_schedule(phase.learning_rate, drops)
+    if phase.cosine:
+        steps = phase.epochs * steps_per_epoch
+        body = optax.cosine_decay_schedule(phase.learning_rate, steps)
+    warm = phase.warmup * steps_per_epoch
+    # Drops and cosine are counted from the start, warm-up included.
+    return (lambda step: body(step) * jnp.minimum(step / warm, 1)) if warm else body
 
-    epochs: int
-    learning_rate: float
-    drops: tuple[int, ...] = ()  # epochs from which on it is divided by ten once more
-    warmup: int = 0  # epochs in which it rises from 0
-    cosine: bool = False  # whether it falls to 0 along a cosine
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    ramp: float = 0.0  # fraction of the phase in which the ratio rises from 0
 
-    def schedule(self, steps_per_epoch: int) -> optax.Schedule:
-        """The learning rate of every step."""
-        steps = self.epochs * steps_per_epoch
-        drops = {epoch * steps_per_epoch: 0.1 for epoch in self.drops}
-        body = optax.piecewise_constant_schedule(self.learning_rate, drops)
-        if self.cosine:
-            body = optax.cosine_decay_schedule(self.learning_rate, steps)
-        warm = self.warmup * steps_per_epoch
-        if not warm:
-            return body
-        # Drops and cosine are counted from the start, warm-up included.
-        return lambda step: body(step) * jnp.minimum(step / warm, 1)
-
-    def ratio_schedule(self, ratio: float, steps_per_epoch: int) -> optax.Schedule:
-        """A cubic rise from 0 to `ratio`, steep at first (Zhu and Gupta, 2017)."""
-        steps = max(self.ramp * self.epochs * steps_per_epoch, 1)
-        return lambda step: ratio * (1 - (1 - jnp.minimum(step / steps, 1)) ** 3)
+def rising(phase: Phase, steps_per_epoch: int, ratio: float) -> optax.Schedule:
+    """A cubic rise from 0 to `ratio`, steep at first (Zhu and Gupta, 2017)."""
+    steps = max(phase.ramp * phase.epochs * steps_per_epoch, 1)
+    return lambda step: ratio * (1 - (1 - jnp.minimum(step / steps, 1)) ** 3)
 
 
 def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
     """Momentum SGD with weight decay on the kernels."""
+    rate = schedule(phase, steps_per_epoch)
     return optax.chain(
         optax.add_decayed_weights(phase.weight_decay, mask=kernels),
-        optax.sgd(phase.schedule(steps_per_epoch), phase.momentum, phase.nesterov),
+        optax.sgd(rate, phase.momentum, phase.nesterov),
     )
 
 
 def gsm(phase: Phase, steps_per_epoch: int, ratio: float):
     """Global Sparse Momentum SGD, the ratio rising first if the phase has a ramp."""
-    rising = phase.ratio_schedule(ratio, steps_per_epoch) if phase.ramp else ratio
     return gsm_sgd(
-        phase.schedule(steps_per_epoch),
-        rising,
+        schedule(phase, steps_per_epoch),
+        rising(phase, steps_per_epoch, ratio) if phase.ramp else ratio,
         momentum=phase.momentum,
         weight_decay=phase.weight_decay,
         nesterov=phase.nesterov,
@@ -71,8 +56,8 @@ def frozen(phase: Phase, steps_per_epoch: int, mask: Any):
 
 def gradual(phase: Phase, steps_per_epoch: int, ratio: float):
     """Gradual global magnitude pruning: ever more of the least weights become zero."""
-    rising = phase.ratio_schedule(ratio, steps_per_epoch)
-    return optax.chain(dense(phase, steps_per_epoch), prune_gradually(rising))
+    ratios = rising(phase, steps_per_epoch, ratio)
+    return optax.chain(dense(phase, steps_per_epoch), prune_gradually(ratios))
 
 
 class PruneGraduallyState(NamedTuple):
@@ -83,16 +68,9 @@ class PruneGraduallyState(NamedTuple):
 
 
 def prune_gradually(ratio: optax.Schedule, every: int = 100):
-    """Every so many steps, prune by magnitude over the whole model; last in a chain.
+    """Prune by magnitude over the whole model every so many steps; last in a chain.
 
-    What was pruned stays zero, as long as the ratio does not fall.
-
-    Args:
-        ratio: fraction of the kernel entries that is zero, a schedule of the step.
-        every: steps between two choices of the mask.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`.
+    What was pruned stays zero, as long as the ratio (of zeros) does not fall.
     """
 
     def init_fn(params):

@@ -5,20 +5,16 @@ it was made with.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.paper.recipes import RECIPES, Recipe
+from examples.paper.recipes import RECIPES, Recipe, settings
+
+Record = dict[str, Any]
 
 PRUNED = ("dense", "one-shot", "gradual", "GSM", "GSM pruned", "GSM tuned")
-TICKETS = (
-    "dense",
-    "magnitude, initial",
-    "magnitude, early",
-    "GSM, initial",
-    "GSM, early",
-)
+CHOICES = ("magnitude, initial", "magnitude, early", "GSM, initial", "GSM, early")
+TICKETS = ("dense", *CHOICES)
 
 
 def path_of(folder: Path, name: str, seed: int, validate: bool, bfloat16: bool) -> Path:
@@ -35,30 +31,25 @@ def columns(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name in PRUNED if not left_out.get(name))
 
 
-def as_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it is read back from a record."""
-    return json.loads(json.dumps(asdict(recipe)))
-
-
-def belongs(record: dict[str, Any], recipe: Recipe) -> bool:
+def belongs(record: Record, recipe: Recipe) -> bool:
     """Whether a record was made with the settings that the recipe has now."""
-    now = as_json(recipe)
-    decisive = set(now) - {"name", "title", "paper"}
-    return all(record["recipe"].get(name) == now[name] for name in decisive)
+    then, now = record["recipe"], settings(recipe)
+    decisive = (then.keys() | now.keys()) - {"name", "title", "paper"}
+    return all(then.get(name) == now.get(name) for name in decisive)
 
 
-def complete(record: dict[str, Any], recipe: Recipe) -> bool:
+def complete(record: Record, recipe: Recipe) -> bool:
     """Whether a run of the recipe has nothing left to do."""
     return belongs(record, recipe) and set(columns(recipe)) <= set(record["accuracy"])
 
 
-def load(path: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The record of an earlier run with the same settings, if there is one."""
-    record = json.loads(path.read_text()) if path.exists() else None
-    return record if record and belongs(record, recipe) else None
+def load(path: Path, recipe: Recipe) -> Record:
+    """The record of an earlier run with the same settings; empty if there is none."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if record and belongs(record, recipe) else {}
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: Record) -> None:
     """Replace the record at once: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -66,11 +57,9 @@ def write(path: Path, record: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def read(
-    folder: Path, validate: bool = False, bfloat16: bool = False
-) -> dict[str, list[dict[str, Any]]]:
+def read(folder: Path, validate=False, bfloat16=False) -> dict[str, list[Record]]:
     """All complete records in a folder, by recipe: those of tests, or of validation."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Record]] = {}
     for path in sorted(Path(folder).glob("*-seed*.json")):
         record = json.loads(path.read_text())
         recipe = RECIPES.get(record["recipe"]["name"])

@@ -1,13 +1,12 @@
 """Tables over the results, in Markdown: means and spreads of all seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from examples.paper.recipes import RECIPES, Recipe
-from examples.paper.records import PRUNED, TICKETS, read
+from examples.paper.records import PRUNED, TICKETS, Record, read
 
 STUDIED = ("gradual", "GSM", "GSM pruned", "GSM tuned")
 
@@ -18,15 +17,17 @@ def results_table(folder: Path) -> str:
     rounded = read(folder, bfloat16=True)
     recipes = [r for r in RECIPES.values() if not r.name.startswith("study-")]
     studies = [r for r in RECIPES.values() if r.name.startswith("study-")]
-    head = ["network, data", "compression", "epochs", "seeds"]
 
     def table(columns, recipes):
         rows = [row(r, tested.get(r.name, []), columns) for r in recipes]
         for recipe in (r for r in recipes if r.name in rounded):
             title, *cells = row(recipe, rounded[recipe.name], columns)
             rows.append([f"{title}, bfloat16", *cells])
-        return markdown([*head, *columns, "paper"], rows)
+        head = ["network, data", "compression", "epochs", "seeds", *columns, "paper"]
+        return markdown(head, rows)
 
+    found = (tested, rounded, validated)
+    records = [r for by_name in found for some in by_name.values() for r in some]
     parts = [
         "Test accuracy in %, mean ± standard deviation of the seeds; of ImageNet both "
         "top-1 and top-5.",
@@ -39,24 +40,19 @@ def results_table(folder: Path) -> str:
             ["study", "decay budget", "seeds", *STUDIED],
             [study_row(recipe, validated.get(recipe.name, [])) for recipe in studies],
         ),
-        *machines(
-            record
-            for found in (tested, rounded, validated)
-            for of_one in found.values()
-            for record in of_one
-        ),
+        *sorted({machine(record) for record in records}),
     ]
     return "\n\n".join(parts)
 
 
-def study_row(recipe: Recipe, records: Sequence[dict[str, Any]]) -> list[str]:
+def study_row(recipe: Recipe, records: Sequence[Record]) -> list[str]:
     """Cells of a study: its decay budget and its accuracies."""
     budget = f"{records[0]['decay_budget']:.1f}" if records else "-"
     _, _, _, seeds, *cells, _ = row(recipe, records, STUDIED)
     return [recipe.name.removeprefix("study-"), budget, seeds, *cells]
 
 
-def row(recipe: Recipe, records: Sequence[dict[str, Any]], columns: Sequence[str]):
+def row(recipe: Recipe, records: Sequence[Record], columns: Sequence[str]):
     """Cells of a recipe; those of columns that have not been run are dashes."""
     accuracies = [record["accuracy"] for record in records]
 
@@ -66,9 +62,8 @@ def row(recipe: Recipe, records: Sequence[dict[str, Any]], columns: Sequence[str
     cells = [cell(name) for name in columns]
     if recipe.data == "imagenet" and records:
         cells = [f"{cell(name)} / {cell(f'{name}, top 5')}" for name in columns]
-    paper = recipe.paper or "-"
-    if recipe.paper and recipe.data == "fashion_mnist":
-        paper += " (MNIST)"
+    other = " (MNIST)" if recipe.paper and recipe.data == "fashion_mnist" else ""
+    paper = (recipe.paper or "-") + other
     seeds = str(len(records)) if records else "not run"
     head = [recipe.title, f"{recipe.compression:g}x", epochs(recipe), seeds]
     return [*head, *cells, paper]
@@ -76,39 +71,30 @@ def row(recipe: Recipe, records: Sequence[dict[str, Any]], columns: Sequence[str
 
 def epochs(recipe: Recipe) -> str:
     """Epochs of dense training and of what follows."""
-    after = [phase.epochs for phase in (recipe.gsm, recipe.tuned) if phase]
-    return " + ".join(map(str, [recipe.dense.epochs, *after]))
+    phases = (recipe.dense, recipe.gsm, recipe.tuned)
+    return " + ".join(str(phase.epochs) for phase in phases if phase)
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation of the seeds."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-def machines(records: Iterable[dict[str, Any]]) -> list[str]:
-    """One line for every machine, set of versions and command."""
-    lines = set()
-    for record in records:
-        versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-        lines.add(f"`{record['command']}` on {record['machine']}; {versions}.")
-    return sorted(lines)
+def machine(record: Record) -> str:
+    """Where, and by which command, a record was made."""
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    return f"`{record['command']}` on {record['machine']}; {versions}."
 
 
 def recipes_table() -> str:
     """Names of all recipes and what they are."""
-    lines = [
-        [
-            f"`{recipe.name}`",
-            recipe.title + (", tickets" if recipe.tickets else ""),
-            f"{recipe.compression:g}x",
-            epochs(recipe),
-        ]
-        for recipe in RECIPES.values()
-    ]
+    lines = []
+    for recipe in RECIPES.values():
+        title = recipe.title + (", tickets" if recipe.tickets else "")
+        size = f"{recipe.compression:g}x"
+        lines.append([f"`{recipe.name}`", title, size, epochs(recipe)])
     return markdown(["recipe", "network, data", "compression", "epochs"], lines, 2)
 
 

@@ -5,10 +5,10 @@ images is a function of (seed, epoch), their augmentation of (seed, step). So a 
 was cut off goes on from its checkpoint, bit for bit.
 """
 
-import functools
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ from examples.paper.data import Data
 from gsm_optax import sparsity_report
 
 SAVE_EVERY = 60.0  # seconds
-CHUNK = 250  # steps at a time: an epoch of MNIST in batches of 256
 
 
 class State(NamedTuple):
@@ -38,90 +37,71 @@ class State(NamedTuple):
     opt_state: Any
 
 
-@dataclass(frozen=True)
-class Task:
-    """A network and its data; what all phases of a run share."""
+def mesh_of(batch: int) -> jax.sharding.Mesh:
+    """All devices, or as many of them as divide the batch."""
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((count,), ("data",), auto, devices=devices[:count])
 
-    graph: Any  # of flax nnx
-    data: Data
-    batch: int
-    seed: int
-    looped: bool  # whether images are on the device, and many steps in one call
 
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        """All devices, or as many of them as divide the batch."""
-        devices = jax.devices()
-        count = max(n for n in range(1, len(devices) + 1) if self.batch % n == 0)
-        return jax.make_mesh(
-            (count,),
-            ("data",),
-            (jax.sharding.AxisType.Auto,),
-            devices=devices[:count],
-        )
+def start(params: Any, stats: Any, tx, mesh: jax.sharding.Mesh) -> State:
+    """The state before the first step, on all devices."""
+    state = State(jnp.int32(0), params, stats, tx.init(params))
+    # A copy: training donates it, and the weights may be the start of other phases too.
+    return jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, P()))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in the training set."""
-        return len(self.data.train) // self.batch
 
-    def replicate(self, tree: Any) -> Any:
-        """Copy arrays to all devices."""
-        return jax.device_put(tree, NamedSharding(self.mesh, P()))
-
-    def split(self, batch: Any) -> Any:
-        """Split the first axis of arrays over the devices, inside jit."""
-        return lax.with_sharding_constraint(batch, NamedSharding(self.mesh, P("data")))
+def batches(
+    images: Any, batch: int, seed: int, mesh: jax.sharding.Mesh, step: int, last: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yield images and labels of the steps from `step` on, split over the devices."""
+    steps, split = len(images) // batch, NamedSharding(mesh, P("data"))
+    for epoch in range(step // steps, -(-last // steps)):
+        order = np.random.default_rng((seed, epoch)).permutation(len(images))
+        for i in range(max(step, epoch * steps), min(last, (epoch + 1) * steps)):
+            rows = order[i % steps * batch :][:batch]
+            yield jax.device_put(images.read(rows, (seed << 32) + i), split)
 
 
 def train(
-    task: Task,
-    tx: optax.GradientTransformation,
-    params: Any,
-    stats: Any,
-    epochs: int,
-    folder: Path,
-    label: str,
-    until: int | None = None,
+    step: Callable, state: State, feed: Callable, last: int, folder: Path, label: str
 ) -> State:
     """Run one phase, from its last checkpoint if there is one.
 
-    Args:
-        task: network, data, batch size and seed.
-        tx: the optimizer.
-        params: parameters to start from.
-        stats: batch statistics to start from.
-        epochs: length of the phase.
-        folder: for the checkpoints of this phase and no other.
-        label: what the progress bar is called.
-        until: step to stop at; by default the end of the phase.
-
-    Returns:
-        The state at that step, which has been saved.
-
-    Raises:
-        FloatingPointError: if the loss is not finite.
+    `step(state, images, labels)` returns state and loss, `feed(first, last)` yields the
+    images and labels of these steps. `state` is used up. Every phase has a folder for
+    its checkpoints. Returns the state after step `last`, which has been saved; raises a
+    `FloatingPointError` if the loss is not finite.
     """
-    last = epochs * task.steps_per_epoch if until is None else until
-    with ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
-    ) as checkpoints:
-        state = State(jnp.int32(0), params, stats, tx.init(params))
-        state = task.replicate(jax.tree.map(jnp.copy, state))  # it will be donated
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
         state = restore(checkpoints, state)
-        saved, run = time.monotonic(), Runner(task, tx)
-        with progress_bar(task, int(state.step), last, label) as bar:
-            for order, first, stop in chunks(task, int(state.step), last):
-                state, accuracy = run(state, order, first, stop)
-                bar.update(stop - first)
-                bar.set_postfix_str(describe(accuracy, state.params), refresh=False)
-                if stop < last and time.monotonic() - saved > SAVE_EVERY:
-                    save(checkpoints, state)
-                    saved = time.monotonic()
-        if checkpoints.latest_step() != last:
-            save(checkpoints, state)
+        first, saved = int(state.step), time.monotonic()
+        take = jax.jit(step, donate_argnums=0)
+        bar = tqdm(total=last, initial=first, desc=label, leave=False, disable=None)
+        for done, (images, labels) in enumerate(feed(first, last), first + 1):
+            # The host has read ahead; but several steps at once would starve each
+            # other of threads where many CPU devices share few cores.
+            jax.block_until_ready(state)
+            state, loss = take(state, images, labels)
+            bar.update()
+            if done == last or time.monotonic() - saved > SAVE_EVERY:
+                bar.set_postfix_str(status := describe(done, loss, state.params))
+                save(checkpoints, state)
+                saved = time.monotonic()
+        bar.close()
+        if bar.disable and first < last:  # no terminal: one line a phase
+            print(f"{label}: {last} steps, {status}", file=sys.stderr, flush=True)
     return state
+
+
+def describe(step: int, loss: jax.Array, params: Any) -> str:
+    """Name the loss of the last batch, which must be finite, and what is near zero."""
+    if not np.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} after {step} steps.")
+    near_zero = sparsity_report(params).prunable.below(1e-4)
+    return f"loss {loss:.4f}, near zero {near_zero:.2%}"
 
 
 def restore(checkpoints: ocp.CheckpointManager, state: State) -> State:
@@ -139,98 +119,25 @@ def save(checkpoints: ocp.CheckpointManager, state: State) -> None:
     checkpoints.wait_until_finished()
 
 
-def progress_bar(task: Task, first: int, last: int, label: str) -> tqdm:
-    """Return a bar that counts steps and shows the time left."""
-    return tqdm(
-        total=last, initial=first, desc=label, unit="step", leave=False, mininterval=1
-    )
-
-
-def describe(accuracy: float, params: Any) -> str:
-    """Name the training accuracy and the near-zero fraction."""
-    near_zero = sparsity_report(params).prunable.below(1e-4)
-    return f"training accuracy {accuracy:.1%}, near zero {near_zero:.2%}"
-
-
-def chunks(task: Task, step: int, last: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yield the order of an epoch's images, first and last step of a chunk."""
-    size = CHUNK if task.looped else CHUNK // 10
-    while step < last:
-        epoch = step // task.steps_per_epoch
-        rng = np.random.default_rng((task.seed, epoch))
-        order = rng.permutation(len(task.data.train))
-        end = min((epoch + 1) * task.steps_per_epoch, last)
-        for first in range(step, end, size):
-            yield order, first, min(first + size, end)
-        step = end
-
-
-class Runner:
-    """Takes optimizer steps: many in one call, or one by one from the host."""
-
-    def __init__(self, task: Task, tx: optax.GradientTransformation):
-        """Put the images on the devices if steps are to be looped there."""
-        self.task, self.step = task, functools.partial(step, task, tx)
-        if task.looped:
-            train = task.data.train
-            self.arrays = task.replicate((train.images, train.labels))
-        self.one = jax.jit(self.step, donate_argnums=0)
-        self.many = jax.jit(self._many, donate_argnums=0)
-
-    def __call__(self, state: State, order: np.ndarray, first: int, stop: int):
-        """Take the steps first, ..., stop - 1; return state and training accuracy."""
-        batch, epoch_steps = self.task.batch, self.task.steps_per_epoch
-        rows = order[: epoch_steps * batch].reshape(epoch_steps, batch)
-        begin = first - first % epoch_steps
-        if self.task.looped:
-            state, correct, loss = self.many(
-                state, self.arrays, rows, first - begin, stop - begin
-            )
-        else:
-            correct = 0
-            for i in range(first, stop):
-                seed = (self.task.seed << 32) + i
-                images, labels = self.task.data.train.read(rows[i - begin], seed)
-                # The host has read ahead; but several steps at once would starve each
-                # other of threads where many CPU devices share few cores.
-                jax.block_until_ready(state)
-                state, right, loss = self.one(state, images, labels)
-                correct += right
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after {stop} steps.")
-        return state, float(correct) / (batch * (stop - first))
-
-    def _many(self, state, arrays, rows, first, stop):
-        def body(i, carry):
-            state, correct, _ = carry
-            images, labels = (array[rows[i]] for array in arrays)
-            state, right, loss = self.step(state, images, labels)
-            return state, correct + right, loss
-
-        # Bounds that are arguments: one compilation, whatever the chunk.
-        return lax.fori_loop(first, stop, body, (state, jnp.int32(0), jnp.float32(0)))
-
-
-def step(task: Task, tx, state: State, images, labels):
-    """One optimizer step on a batch; returns state, correct answers and mean loss."""
-    images, labels = task.split((images, labels))
-    if task.data.augmented:
-        key = jax.random.fold_in(jax.random.key(task.seed), state.step)
+def step(graph: Any, data: Data, seed: int, tx, state: State, images, labels):
+    """One optimizer step on a batch; returns the state and the mean loss."""
+    if data.augmented:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         images = shift_and_mirror(images, key)
-    images = normalise(images, task.data.mean, task.data.std)
+    images = normalise(images, data.mean, data.std)
 
     def loss_of(params):
-        model = nnx.merge(task.graph, params, state.stats, copy=True)
+        model = nnx.merge(graph, params, state.stats, copy=True)
         logits = model(images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         stats = nnx.state(model, nnx.Not(nnx.Param))
-        return losses.mean(), (stats, (logits.argmax(-1) == labels).sum())
+        return losses.mean(), stats
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (stats, correct)), grads = gradient(state.params)
+    (loss, stats), grads = gradient(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, stats, opt_state), correct, loss
+    return State(state.step + 1, params, stats, opt_state), loss
 
 
 def normalise(images: jax.Array, mean: Any, std: Any) -> jax.Array:
@@ -252,17 +159,17 @@ def shift_and_mirror(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(mirrored, shifted[:, :, ::-1], shifted)
 
 
-def evaluate(task: Task, params: Any, stats: Any, batch: int = 1000) -> list[float]:
+def evaluate(graph: Any, data: Data, params: Any, stats: Any, batch=1000):
     """Return top-1 and top-5 accuracy on the test set, in percent."""
-    hits, test = np.zeros(2, int), task.data.test
-    for start in range(0, len(test), batch):
-        images, labels = test.read(np.arange(start, min(start + batch, len(test))))
-        images = normalise(jnp.asarray(images), task.data.mean, task.data.std)
-        hits += np.array(count_hits(task.graph, params, stats, images, labels))
+    hits, test = np.zeros(2, int), data.test
+    for begin in range(0, len(test), batch):
+        images, labels = test.read(np.arange(begin, min(begin + batch, len(test))))
+        images = normalise(jnp.asarray(images), data.mean, data.std)
+        hits += np.array(count_hits(graph, params, stats, images, labels))
     return (100 * hits / len(test)).tolist()
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames="graph")
 def count_hits(graph: Any, params: Any, stats: Any, images, labels):
     """How many labels are the greatest logit, and among the five greatest.
 
