@@ -104,7 +104,7 @@ def freeze_blocks(
 
     def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
         num_frozen = jnp.asarray(schedule(state.step), jnp.int32)
-        blocks = _blocks(block_of, updates)
+        blocks = _blocks(block_of, updates if params is None else params)
         unfrozen = jax.tree.map(lambda block: block >= num_frozen, blocks)
         if trainable is None:
             trainable = unfrozen
@@ -232,7 +232,7 @@ def _is_masked_node(value: Any) -> bool:
 
 def _or_zero(flag: Any, leaf: Any) -> Any:
     # where, not a product: a NaN or infinite gradient of a frozen block is zero too.
-    if jnp.result_type(leaf) == jax.dtypes.float0:
+    if leaf is None or jnp.result_type(leaf) == jax.dtypes.float0:
         return leaf
     return jnp.where(flag, leaf, jnp.zeros_like(leaf))
 

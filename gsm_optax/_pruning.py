@@ -32,7 +32,8 @@ def magnitude_mask(
 
     :math:`Q = N - \mathrm{round}(ratio \cdot N)` of the :math:`N` prunable entries.
     Entries that tie with the Q-th are all kept; entries of exactly zero are not kept
-    (unless :math:`Q = N`); NaN counts as greatest, so that it is never hidden.
+    (unless :math:`Q = N`); NaN counts as greatest, so that it is never hidden. Compared
+    are float32: a float64 entry below 1e-38 counts as zero.
 
     Args:
         params: pytree of arrays, any shapes and dtypes.

@@ -629,6 +629,18 @@ def test_leaves_without_a_gradient_may_be_all():
     assert int(state.num_active) == 0
 
 
+@pytest.mark.parametrize("inner", [gsm_sgd(0.1, 0.5), optax.sgd(0.1, momentum=0.9)])
+def test_parameters_without_a_gradient_pass(inner):
+    params = {"first": jnp.eye(3), "last": jnp.eye(3)}
+    tx = freeze_blocks(inner, given_by([1, 0]), ["first", "last"])
+    state = tx.init(params)
+    for _ in range(2):
+        grads = {"first": jnp.ones((3, 3)), "last": None}
+        updates, state = tx.update(grads, state, params)
+        assert updates["last"] is None
+    assert updates["first"].any()
+
+
 def test_schedules_stay_right_where_optax_stops_counting():
     last = np.int32(2**31 - 1)
     assert int(single_shot(0, 1, 3)(last)) == 3
