@@ -34,19 +34,16 @@ from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
 
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
-ROW = 48  # entries that a row has at least: rows of 512 collide, and cost a read
+ROW = 256  # entries of a row: in rows of 512 keys collide, and cost a read
+MOST_ROWS = 2**19  # from so many on rows grow instead, up to 2¹² entries
+LARGE = 2**18  # entries of a leaf that is read by itself
+GROUP = 2**20  # entries that are joined together, which bounds what is stored
 ONE = np.int32(1)
 FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
-# A read either counts or collects: 8 ms each for 25 M entries. One that did both, at
-# five probes, took 12, and 18 with a sixth, because nine results no longer fit the
-# registers.
-#
-# Where the first read counts, in standard errors of the sample:
-FIRST = np.array([-5, -1, 1, 5], np.float32)
-# where later ones count, in standard deviations of the guess:
-SPREAD = np.array([-12, -4, 4, 12], np.float32)
-# from where to where to collect, in the same;
+# Between which two probes the first read collects, in standard errors of the sample:
+FIRST = np.array([-6, 6], np.float32)
+# between which later ones do, in standard deviations of the guess;
 WINDOW = np.array([-6, 6], np.float32)
 # where keys lie on a grid, so many tie that a wider window would overflow rows;
 TIED = np.array([-2, 2], np.float32)
@@ -54,15 +51,26 @@ TIED = np.array([-2, 2], np.float32)
 WHOLE = np.array([0, 1], np.float32)
 # Where to count in data that is cheap to read, in standard deviations:
 CLOSE = np.array([-4, -1, 0, 1, 4], np.float32)
+# and at first, as fractions of the width.
+EVENLY = np.arange(1, 6, dtype=np.float32) / 6
 
 
 class Rows(NamedTuple):
-    """What every row holds of the collected keys; all fields int32, shape (rows,)."""
+    """What every row holds of the keys between two probes; int32, shape (rows,)."""
 
-    number: jax.Array  # of such keys,
-    total: jax.Array  # their sum, wrapped round
+    counts: jax.Array  # of keys that reach the second probe, 2¹⁶ times, plus those
+    # between the two;
+    total: jax.Array  # of the latter the sum, wrapped round,
     most: jax.Array  # the greatest
-    least: jax.Array  # and the least of them
+    least: jax.Array  # and the least
+
+
+class Part(NamedTuple):
+    """A stretch of one leaf, row-major."""
+
+    leaf: int
+    start: int
+    stop: int
 
 
 def select_by_rows(
@@ -72,86 +80,111 @@ def select_by_rows(
     total = sum(args[0].size for args in leaves)
     whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), total - kept, -kept)
     first, grid = _sampled(score, leaves, whole)
-    number = sum(math.prod(_row_shape(args[0].shape)) for args in leaves)
+    width = max(ROW, 1 << (total // MOST_ROWS).bit_length())
+    groups = _groups([args[0].size for args in leaves], width)
+    number = sum(-(-_entries(group) // width) for group in groups)
     nothing = Rows(*(jnp.zeros(number, jnp.int32) for _ in Rows._fields))
 
     def unfinished(carry):
         bracket, *_, collected = carry
         return (bracket.high - bracket.low > 1) & ~collected
 
-    def count(bracket, probes, data):
-        new = narrow(bracket, probes, _count_all(score, data, probes) - kept)
-        return new, nothing, False, True
-
-    def collect(bracket, probes, data):
-        probes = _window(bracket, grid)
-        reached, rows, complete = _collect_all(score, data, probes)
-        new = narrow(bracket, probes, reached - kept)
-        inside = (new.low == probes[0]) & (new.high == probes[1])
-        # Too many for some row, but far fewer than before: fewer still will do.
-        again = inside & (new.over - new.under <= (bracket.over - bracket.under) // 2)
-        return new, rows, complete & inside, again
-
     def one_read(carry):
-        old, probes, counting, *_ = carry
+        old, probes, *_ = carry
         # Behind the barrier the scores are part of the loop; before it XLA would
         # compute them once, ahead of the loop, and store them: n · 4 bytes.
         probes, data = lax.optimization_barrier((probes, leaves))
-        new, rows, collected, collecting = lax.cond(
-            counting, count, collect, old, probes, data
+        rows = _collect_all(score, data, groups, probes, width)
+        above, between = rows.counts >> 16, rows.counts & 0xFFFF
+        # Up to three different keys a row, or any number of equal ones.
+        too_many = (between > 3) & (rows.most != rows.least)
+        # In one loop: a plain sum of integers is several, see `sum_together`.
+        from_second, inside, incomplete = sum_together(
+            [above, between, too_many.astype(jnp.int32)], (0,)
         )
-        return new, next_probes(old, new, SPREAD, grid), ~collecting, rows, collected
+        reached = jnp.stack([from_second + inside, from_second])
+        new = narrow(old, probes, reached - kept)
+        whole_window = (new.low == probes[0]) & (new.high == probes[1])
+        return new, _window(old, new, grid), rows, whole_window & (incomplete == 0)
 
-    start = whole, first, True, nothing, False
-    bracket, _, _, rows, collected = lax.while_loop(unfinished, one_read, start)
+    start = whole, first, nothing, False
+    bracket, _, rows, collected = lax.while_loop(unfinished, one_read, start)
     return _finish(bracket, rows, collected)
 
 
-def _window(bracket: Bracket, grid: jax.Array) -> jax.Array:
+def _window(old: Bracket, new: Bracket, grid: jax.Array) -> jax.Array:
     """From where to where to collect: about the guess, or all where few are left."""
-    guess, deviation, keys = interpolate(bracket, grid)
-    about = guess + jnp.where(grid > 1, TIED, WINDOW) * deviation
-    return probes_at(bracket, jnp.where(keys <= FEW, WHOLE, about))
+    _, _, keys = interpolate(new, grid)
+    spread = jnp.where(grid > 1, TIED, WINDOW)
+    about = next_probes(old, new, spread, grid)
+    stuck = new.high - new.low > (old.high - old.low) // 4
+    return jnp.where((keys <= FEW) & ~stuck, probes_at(new, WHOLE), about)
 
 
-def _count_all(score, leaves, probes):
-    """How many keys reach each of the probes."""
-    by_row = [_count_leaf(score, args, probes) for args in leaves]
-    return sum_together(_join(by_row), (0,))
+def _groups(sizes: list[int], width: int) -> list[list[Part]]:
+    """Which stretches of which leaves make rows of `width` entries together.
+
+    A large leaf is read where it is. Small ones, and what is left of the large ones
+    beside whole rows, are joined first: a loop for every leaf is what takes long to
+    compile.
+    """
+    groups, joined = [], [[]]
+    for leaf, size in enumerate(sizes):
+        whole = size // width * width if size >= LARGE else 0
+        if whole:
+            groups.append([Part(leaf, 0, whole)])
+        if whole < size:
+            joined[-1].append(Part(leaf, whole, size))
+        if _entries(joined[-1]) >= GROUP:
+            joined.append([])
+    return groups + [group for group in joined if group]
 
 
-def _collect_all(score, leaves, probes):
-    """How many keys reach each of two probes, and what is between, complete or not."""
-    above, *rows = _join([_collect_leaf(score, args, probes) for args in leaves])
-    rows = Rows(*rows)
-    from_second, between = sum_together([above, rows.number], (0,))
-    # Up to three different keys a row, or any number of equal ones.
-    complete = jnp.all((rows.number <= 3) | (rows.most == rows.least))
-    return jnp.stack([from_second + between, from_second]), rows, complete
+def _entries(group: list[Part]) -> int:
+    return sum(part.stop - part.start for part in group)
 
 
-def _join(by_leaf):
-    """Concatenate what there is of every row, leaf by leaf, and store it."""
-    joined = [jnp.concatenate(parts) for parts in zip(*by_leaf, strict=True)]
-    return lax.optimization_barrier(joined)
+def _collect_all(score, leaves, groups, probes, width):
+    """`Rows` of all groups, stored one after the other."""
+    found, joined = [], probes
+    for group in groups:
+        if len(group) == 1:
+            (part,) = group
+            args = leaves[part.leaf]
+            found.append(_collect_part(score, args, part[1:], probes, width))
+            continue
+        # One group after the other, so that they share the place where they are joined.
+        data = [leaves[part.leaf] for part in group]
+        data, joined = lax.optimization_barrier((data, joined))
+        keys = [
+            _keys(score, args, part[1:])
+            for args, part in zip(data, group, strict=True)
+        ]
+        keys = lax.optimization_barrier(jnp.concatenate(keys))
+        found.append(_collect_keys(keys, probes, width))
+        joined = found[-1]
+    stored = [jnp.concatenate(parts) for parts in zip(*found, strict=True)]
+    return Rows(*lax.optimization_barrier(stored))
 
 
-@partial(jax.jit, static_argnames="score")  # traced once for equal shapes
-def _count_leaf(score, args, probes):
-    """Per row: how many keys reach each probe."""
-    key = order_key(score(*args))
-    counts = sum_together([(key >= p).astype(jnp.int32) for p in probes], _in_row(key))
-    return [counts[..., i].reshape(-1) for i in range(probes.size)]
+@partial(jax.jit, static_argnames=("score", "stretch"))  # traced once for equal shapes
+def _keys(score, args, stretch):
+    return order_key(score(*args)).reshape(-1)[slice(*stretch)]
 
 
-@partial(jax.jit, static_argnames="score")
-def _collect_leaf(score, args, probes):
-    """Per row: how many reach the second probe; `Rows` of those between the two."""
-    key = order_key(score(*args))
+@partial(jax.jit, static_argnames=("score", "stretch", "width"))
+def _collect_part(score, args, stretch, probes, width):
+    return _collect_keys(_keys(score, args, stretch), probes, width)
+
+
+@partial(jax.jit, static_argnames="width")
+def _collect_keys(keys, probes, width):
+    """`Rows` of flat keys, `width` of them a row."""
+    rest = -keys.size % width
+    key = jnp.pad(keys, (0, rest), constant_values=-1).reshape(-1, width)
     below, above = key < probes[1], key >= probes[0]
     operands = (
-        (~below).astype(jnp.int32),
-        (below & above).astype(jnp.int32),
+        jnp.where(below, above.astype(jnp.int32), 1 << 16),
         jnp.where(below & above, key, 0),
         jnp.where(below, key, 0),
         jnp.where(above, key, NAN_KEY),
@@ -164,27 +197,13 @@ def _collect_leaf(score, args, probes):
         return *sums, jnp.maximum(most_a, most_b), jnp.minimum(least_a, least_b)
 
     zero = np.int32(0)
-    initial = zero, zero, zero, zero, np.int32(NAN_KEY)
-    found = lax.reduce(operands, initial, combine, _in_row(key))
-    return [x.reshape(-1) for x in found]
-
-
-def _in_row(key: jax.Array) -> tuple[int, ...]:
-    """The axes that make a row."""
-    return tuple(range(len(_row_shape(key.shape)), key.ndim))
-
-
-def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading axes; the fewest trailing ones that hold ROW entries make a row."""
-    for axis in reversed(range(len(shape))):
-        if math.prod(shape[axis:]) >= ROW:
-            return shape[:axis]
-    return ()
+    return lax.reduce(operands, (zero, zero, zero, np.int32(NAN_KEY)), combine, (1,))
 
 
 def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
     """The wanted key among the collected ones, or else the lower end of the bracket."""
-    number, total, most, least = rows
+    counts, total, most, least = rows
+    number = counts & 0xFFFF
     third = jnp.where(most == least, most, total - most - least)
     first, second = jnp.minimum(number, 1), jnp.clip(number - 1, 0, 1)
     keys = jnp.stack([most, least, third])
@@ -195,14 +214,31 @@ def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
 
     # Without a collection, the bracket has been narrowed to one key: it is the one.
     last = bracket._replace(high=jnp.where(collected, bracket.high, bracket.low + 1))
-    found = search(excess_at, last, next_probes(last, last, CLOSE), CLOSE)
-    wanted = jnp.min(jnp.where((keys >= found.low) & (often > 0), keys, NAN_KEY))
+    found = search(excess_at, last, probes_at(last, EVENLY), CLOSE)
+    wanted, _ = _least_and_bits(
+        jnp.where((keys >= found.low) & (often > 0), keys, NAN_KEY)
+    )
     return found, jnp.where(collected, wanted, bracket.low)
 
 
 def _count(keys: jax.Array, probes: jax.Array, often: Any = ONE) -> jax.Array:
     hits = [jnp.where(keys >= probe, often, np.int32(0)) for probe in probes]
     return sum_together(hits, tuple(range(keys.ndim)))
+
+
+def _least_and_bits(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least key, and the bits that any key has set.
+
+    Together, and both kept, because alone either takes several loops, see
+    `sum_together`: compiled in 30 ms instead of 80.
+    """
+
+    def combine(a, b):
+        return jnp.minimum(a[0], b[0]), a[1] | b[1]
+
+    initial = np.int32(2**31 - 1), np.int32(0)
+    axes = tuple(range(keys.ndim))
+    return lax.optimization_barrier(lax.reduce((keys, keys), initial, combine, axes))
 
 
 def _sampled(
@@ -223,7 +259,7 @@ def _sampled(
     found = search(
         lambda probes: _count(keys, probes) - kept,
         start,
-        next_probes(start, start, CLOSE),
+        probes_at(start, EVENLY),
         CLOSE,
         few=error.astype(jnp.int32),
     )
@@ -234,7 +270,7 @@ def _sampled(
     probes = offset_by(
         found.low, offsets.astype(jnp.int32) + (FIRST > 0).astype(np.int32), whole
     )
-    bits = lax.reduce_or(keys, (0,))
+    _, bits = _least_and_bits(keys)
     return probes, jnp.maximum(bits & -bits, 1).astype(jnp.float32)
 
 
