@@ -34,21 +34,22 @@ from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
 
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
-ROW = 256  # entries of a row: in rows of 512 keys collide, and cost a read
-MOST_ROWS = 2**19  # from so many on rows grow instead, up to 2¹² entries
-LARGE = 2**18  # entries of a leaf that is read by itself
-GROUP = 2**20  # entries that are joined together, which bounds what is stored
+ROW = 128  # entries of a row, whose counts fit in eight bits; not 64: a third slower
+LARGE = 2**16  # entries of a leaf that is read by itself
+GROUP = 2**19  # entries that are joined
+CHAINS = 2  # groups that are joined at a time
 ONE = np.int32(1)
 FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
-# Between which two probes the first read collects, in standard errors of the sample:
-FIRST = np.array([-6, 6], np.float32)
-# between which later ones do, in standard deviations of the guess;
-WINDOW = np.array([-6, 6], np.float32)
+# Every read counts at four probes and collects between the middle ones.
+# Where they are at first, in standard errors of the sample:
+FIRST = np.array([-5, -1, 1, 5], np.float32)
+# and later, in standard deviations of the guess;
+SPREAD = np.array([-18, -6, 6, 18], np.float32)
 # where keys lie on a grid, so many tie that a wider window would overflow rows;
-TIED = np.array([-2, 2], np.float32)
-# and all of a bracket, as fractions of its width.
-WHOLE = np.array([0, 1], np.float32)
+TIED = np.array([-8, -2, 2, 8], np.float32)
+# and of a bracket in which few are left, at the low end or the high one.
+ENDS = np.array([False, False, True, True])
 # Where to count in data that is cheap to read, in standard deviations:
 CLOSE = np.array([-4, -1, 0, 1, 4], np.float32)
 # and at first, as fractions of the width.
@@ -56,13 +57,12 @@ EVENLY = np.arange(1, 6, dtype=np.float32) / 6
 
 
 class Rows(NamedTuple):
-    """What every row holds of the keys between two probes; int32, shape (rows,)."""
+    """What every row holds of the keys; all fields int32, shape (rows,)."""
 
-    counts: jax.Array  # of keys that reach the second probe, 2¹⁶ times, plus those
-    # between the two;
-    total: jax.Array  # of the latter the sum, wrapped round,
+    counts: jax.Array  # how many reach each of four probes, eight bits a count
+    total: jax.Array  # sum of those between the second and the third, wrapped round,
     most: jax.Array  # the greatest
-    least: jax.Array  # and the least
+    least: jax.Array  # and the least of them
 
 
 class Part(NamedTuple):
@@ -80,9 +80,8 @@ def select_by_rows(
     total = sum(args[0].size for args in leaves)
     whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), total - kept, -kept)
     first, grid = _sampled(score, leaves, whole)
-    width = max(ROW, 1 << (total // MOST_ROWS).bit_length())
-    groups = _groups([args[0].size for args in leaves], width)
-    number = sum(-(-_entries(group) // width) for group in groups)
+    groups = _groups([args[0].size for args in leaves])
+    number = sum(-(-_entries(group) // ROW) for group in groups)
     nothing = Rows(*(jnp.zeros(number, jnp.int32) for _ in Rows._fields))
 
     def unfinished(carry):
@@ -94,35 +93,38 @@ def select_by_rows(
         # Behind the barrier the scores are part of the loop; before it XLA would
         # compute them once, ahead of the loop, and store them: n · 4 bytes.
         probes, data = lax.optimization_barrier((probes, leaves))
-        rows = _collect_all(score, data, groups, probes, width)
-        above, between = rows.counts >> 16, rows.counts & 0xFFFF
+        rows = _collect_all(score, data, groups, probes)
+        reach = _unpack(rows.counts)
+        number = reach[1] - reach[2]
         # Up to three different keys a row, or any number of equal ones.
-        too_many = (between > 3) & (rows.most != rows.least)
+        too_many = (number > 3) & (rows.most != rows.least)
         # In one loop: a plain sum of integers is several, see `sum_together`.
-        from_second, inside, incomplete = sum_together(
-            [above, between, too_many.astype(jnp.int32)], (0,)
-        )
-        reached = jnp.stack([from_second + inside, from_second])
-        new = narrow(old, probes, reached - kept)
-        whole_window = (new.low == probes[0]) & (new.high == probes[1])
-        return new, _window(old, new, grid), rows, whole_window & (incomplete == 0)
+        *reached, incomplete = sum_together([*reach, too_many.astype(jnp.int32)], (0,))
+        new = narrow(old, probes, jnp.stack(reached) - kept)
+        inside = (new.low == probes[1]) & (new.high == probes[2])
+        return new, _probes(old, new, grid), rows, inside & (incomplete == 0)
 
     start = whole, first, nothing, False
     bracket, _, rows, collected = lax.while_loop(unfinished, one_read, start)
     return _finish(bracket, rows, collected)
 
 
-def _window(old: Bracket, new: Bracket, grid: jax.Array) -> jax.Array:
-    """From where to where to collect: about the guess, or all where few are left."""
-    _, _, keys = interpolate(new, grid)
-    spread = jnp.where(grid > 1, TIED, WINDOW)
-    about = next_probes(old, new, spread, grid)
-    stuck = new.high - new.low > (old.high - old.low) // 4
-    return jnp.where((keys <= FEW) & ~stuck, probes_at(new, WHOLE), about)
+def _unpack(counts: jax.Array) -> list[jax.Array]:
+    return [lax.shift_right_logical(counts, np.int32(8 * i)) & 0xFF for i in range(4)]
 
 
-def _groups(sizes: list[int], width: int) -> list[list[Part]]:
-    """Which stretches of which leaves make rows of `width` entries together.
+def _probes(old: Bracket, new: Bracket, grid: jax.Array) -> jax.Array:
+    """About the guess; or the ends, to collect all between, where few are left."""
+    about = next_probes(old, new, jnp.where(grid > 1, TIED, SPREAD), grid)
+    # Unless that was just tried: there are more in some row, which only ties explain.
+    few = (new.over - new.under <= FEW) & (
+        new.high - new.low <= (old.high - old.low) // 4
+    )
+    return jnp.where(few, jnp.where(ENDS, new.high, new.low), about)
+
+
+def _groups(sizes: list[int]) -> list[list[Part]]:
+    """Which stretches of which leaves make rows together.
 
     A large leaf is read where it is. Small ones, and what is left of the large ones
     beside whole rows, are joined first: a loop for every leaf is what takes long to
@@ -130,7 +132,7 @@ def _groups(sizes: list[int], width: int) -> list[list[Part]]:
     """
     groups, joined = [], [[]]
     for leaf, size in enumerate(sizes):
-        whole = size // width * width if size >= LARGE else 0
+        whole = size // ROW * ROW if size >= LARGE else 0
         if whole:
             groups.append([Part(leaf, 0, whole)])
         if whole < size:
@@ -144,25 +146,24 @@ def _entries(group: list[Part]) -> int:
     return sum(part.stop - part.start for part in group)
 
 
-def _collect_all(score, leaves, groups, probes, width):
+def _collect_all(score, leaves, groups, probes):
     """`Rows` of all groups, stored one after the other."""
-    found, joined = [], probes
+    found, zeros = [], [np.int32(0)] * CHAINS
     for group in groups:
         if len(group) == 1:
             (part,) = group
             args = leaves[part.leaf]
-            found.append(_collect_part(score, args, part[1:], probes, width))
+            found.append(_collect_part(score, args, part[1:], probes))
             continue
-        # One group after the other, so that they share the place where they are joined.
-        data = [leaves[part.leaf] for part in group]
-        data, joined = lax.optimization_barrier((data, joined))
+        # Or-ed with a zero that depends on the result of an earlier group, so that they
+        # share the place where they are joined. (XLA drops a barrier before it lays
+        # out memory, and then keeps them all: n · 4 bytes.)
         keys = [
-            _keys(score, args, part[1:])
-            for args, part in zip(data, group, strict=True)
+            _keys(score, leaves[part.leaf], part[1:]) | zeros[-CHAINS] for part in group
         ]
         keys = lax.optimization_barrier(jnp.concatenate(keys))
-        found.append(_collect_keys(keys, probes, width))
-        joined = found[-1]
+        found.append(_collect_keys(keys, probes))
+        zeros.append(jnp.minimum(found[-1][0][0], 0))
     stored = [jnp.concatenate(parts) for parts in zip(*found, strict=True)]
     return Rows(*lax.optimization_barrier(stored))
 
@@ -172,19 +173,20 @@ def _keys(score, args, stretch):
     return order_key(score(*args)).reshape(-1)[slice(*stretch)]
 
 
-@partial(jax.jit, static_argnames=("score", "stretch", "width"))
-def _collect_part(score, args, stretch, probes, width):
-    return _collect_keys(_keys(score, args, stretch), probes, width)
+@partial(jax.jit, static_argnames=("score", "stretch"))
+def _collect_part(score, args, stretch, probes):
+    return _collect_keys(_keys(score, args, stretch), probes)
 
 
-@partial(jax.jit, static_argnames="width")
-def _collect_keys(keys, probes, width):
-    """`Rows` of flat keys, `width` of them a row."""
-    rest = -keys.size % width
-    key = jnp.pad(keys, (0, rest), constant_values=-1).reshape(-1, width)
-    below, above = key < probes[1], key >= probes[0]
+@jax.jit
+def _collect_keys(keys, probes):
+    """`Rows` of flat keys, ROW of them a row."""
+    key = jnp.pad(keys, (0, -keys.size % ROW), constant_values=-1).reshape(-1, ROW)
+    below, above = key < probes[2], key >= probes[1]
     operands = (
-        jnp.where(below, above.astype(jnp.int32), 1 << 16),
+        sum(
+            (key >= probe).astype(jnp.int32) << 8 * i for i, probe in enumerate(probes)
+        ),
         jnp.where(below & above, key, 0),
         jnp.where(below, key, 0),
         jnp.where(above, key, NAN_KEY),
@@ -203,7 +205,8 @@ def _collect_keys(keys, probes, width):
 def _finish(bracket: Bracket, rows: Rows, collected: jax.Array | bool):
     """The wanted key among the collected ones, or else the lower end of the bracket."""
     counts, total, most, least = rows
-    number = counts & 0xFFFF
+    _, from_second, from_third, _ = _unpack(counts)
+    number = from_second - from_third
     third = jnp.where(most == least, most, total - most - least)
     first, second = jnp.minimum(number, 1), jnp.clip(number - 1, 0, 1)
     keys = jnp.stack([most, least, third])
