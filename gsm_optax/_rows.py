@@ -47,7 +47,7 @@ FIRST = np.array([-5, -1, 1, 5], np.float32)
 # and later, in standard deviations of the guess;
 SPREAD = np.array([-18, -6, 6, 18], np.float32)
 # where keys lie on a grid, so many tie that a wider window would overflow rows;
-TIED = np.array([-8, -2, 2, 8], np.float32)
+TIED = np.array([-12, -4, 4, 12], np.float32)
 # and of a bracket in which few are left, at the low end or the high one.
 ENDS = np.array([False, False, True, True])
 # Where to count in data that is cheap to read, in standard deviations:
