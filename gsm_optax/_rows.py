@@ -35,9 +35,11 @@ from gsm_optax._counting import NAN_KEY, Leaves, Score, order_key, sum_together
 SAMPLE = 2**18  # entries of the sample: 2¹⁶ to 2¹⁹ cost and gain about the same
 BLOCK = 16  # neighbours that are sampled together: a cache line of float32
 ROW = 128  # entries of a row, whose counts fit in eight bits; not 64: a third slower
-LARGE = 2**16  # entries of a leaf that is read by itself
-GROUP = 2**19  # entries that are joined
-CHAINS = 2  # groups that are joined at a time
+SMALL = 2**15  # leaves of fewer entries are joined,
+MEDIUM = 2**18  # and of fewer than this, where there are more than MANY leaves:
+MANY = 128  # to join takes half as long to compile, and a step half as long again
+GROUP = 16  # leaves that are joined: XLA copies eight or fewer by the entry, slowly
+CHAINS = 4  # groups that are joined at a time
 ONE = np.int32(1)
 FEW = 300  # once no more are left, collect the whole bracket: ends ties early
 
@@ -130,16 +132,17 @@ def _groups(sizes: list[int]) -> list[list[Part]]:
     beside whole rows, are joined first: a loop for every leaf is what takes long to
     compile.
     """
-    groups, joined = [], [[]]
+    large = SMALL if len(sizes) <= MANY else MEDIUM
+    alone, rest = [], []
     for leaf, size in enumerate(sizes):
-        whole = size // ROW * ROW if size >= LARGE else 0
+        whole = size // ROW * ROW if size >= large else 0
         if whole:
-            groups.append([Part(leaf, 0, whole)])
+            alone.append([Part(leaf, 0, whole)])
         if whole < size:
-            joined[-1].append(Part(leaf, whole, size))
-        if _entries(joined[-1]) >= GROUP:
-            joined.append([])
-    return groups + [group for group in joined if group]
+            rest.append(Part(leaf, whole, size))
+    last = len(rest) - len(rest) % GROUP
+    joined = [rest[i : i + GROUP] for i in range(0, last, GROUP)]
+    return alone + joined + [[part] for part in rest[last:]]
 
 
 def _entries(group: list[Part]) -> int:
@@ -183,10 +186,9 @@ def _collect_keys(keys, probes):
     """`Rows` of flat keys, ROW of them a row."""
     key = jnp.pad(keys, (0, -keys.size % ROW), constant_values=-1).reshape(-1, ROW)
     below, above = key < probes[2], key >= probes[1]
+    reached = jnp.where(below, 0x101, jnp.where(key < probes[3], 0x10101, 0x1010101))
     operands = (
-        sum(
-            (key >= probe).astype(jnp.int32) << 8 * i for i, probe in enumerate(probes)
-        ),
+        jnp.where(above, reached, (key >= probes[0]).astype(jnp.int32)),
         jnp.where(below & above, key, 0),
         jnp.where(below, key, 0),
         jnp.where(above, key, NAN_KEY),
