@@ -75,9 +75,13 @@ def resnet50() -> Shapes:
     return {**tree, "head": _dense(inputs, 1000)}
 
 
-def gpt2() -> Shapes:
-    """GPT-2 small: 124.4 M entries, 148 leaves; the head is the embedding."""
-    width = 768
+def equal(number: int, *shape: int) -> Shapes:
+    """Kernels of one shape, and nothing else."""
+    return {f"kernel{i}": _leaf(*shape) for i in range(number)}
+
+
+def gpt2_blocks(layers: int, width: int) -> Shapes:
+    """Layers of a GPT-2: 12 leaves each, 4 of them kernels; XL has 48 of width 1600."""
     block = {
         "norm1": _norm(width),
         "attention_in": _dense(width, 3 * width),
@@ -86,10 +90,16 @@ def gpt2() -> Shapes:
         "up": _dense(width, 4 * width),
         "down": _dense(4 * width, width),
     }
+    return {f"block{i}": block for i in range(layers)}
+
+
+def gpt2() -> Shapes:
+    """GPT-2 small: 124.4 M entries, 148 leaves; the head is the embedding."""
+    width = 768
     return {
         "embedding": _leaf(50257, width),
         "positions": _leaf(1024, width),
-        **{f"block{i}": block for i in range(12)},
+        **gpt2_blocks(12, width),
         "norm": _norm(width),
     }
 
