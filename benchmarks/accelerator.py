@@ -47,12 +47,12 @@ MANY = 1000  # leaves, from which on compiling takes so long that less is compar
 ROUNDS = 20
 COUNTED = 4  # steps over which passes are counted
 YARDSTICK = "optax.sgd"
-TREES = {"resnet50": trees.resnet50, "gpt2": trees.gpt2, "equal1500": trees.equal}
+TREES = {"resnet50": trees.resnet50, "gpt2": trees.gpt2, "equal1500": partial(trees.equal, 1500, 128, 128)}
 RUNS = [(tree, dtype) for tree in TREES for dtype in ("float32", "bfloat16")]
 QUICK_TREES = {
     "resnet50": partial(trees.resnet50, (1,), 4, 10),
     "gpt2": partial(trees.gpt2, 1, 16, 96, 16),
-    "equal1500": partial(trees.equal, 2, 16),
+    "equal1500": partial(trees.equal, 2, 16, 16),
 }
 QUICK_RUNS = [("equal1500", "bfloat16")]
 STEP_HEAD = ["", "ms", "q1 - q3", "ratio", "q1 - q3", "compile s", "temporary"]

@@ -75,10 +75,13 @@ def resnet50(
     return {**tree, "head": _dense(inputs, classes)}
 
 
-def gpt2(
-    layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024
-) -> Shapes:
-    """GPT-2 small: 124.4 M entries, 148 leaves; the head is the embedding."""
+def equal(number: int, *shape: int) -> Shapes:
+    """Kernels of one shape, and nothing else."""
+    return {f"kernel{i}": _leaf(*shape) for i in range(number)}
+
+
+def gpt2_blocks(layers: int, width: int) -> Shapes:
+    """Layers of a GPT-2: 12 leaves each, 4 of them kernels; XL has 48 of width 1600."""
     block = {
         "norm1": _norm(width),
         "attention_in": _dense(width, 3 * width),
@@ -87,17 +90,19 @@ def gpt2(
         "up": _dense(width, 4 * width),
         "down": _dense(4 * width, width),
     }
+    return {f"block{i}": block for i in range(layers)}
+
+
+def gpt2(
+    layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024
+) -> Shapes:
+    """GPT-2 small: 124.4 M entries, 148 leaves; the head is the embedding."""
     return {
         "embedding": _leaf(vocabulary, width),
         "positions": _leaf(positions, width),
-        **{f"block{i}": block for i in range(layers)},
+        **gpt2_blocks(layers, width),
         "norm": _norm(width),
     }
-
-
-def equal(leaves: int = 1500, width: int = 128) -> Shapes:
-    """Kernels of one shape; by default 24.6 M entries."""
-    return {f"kernel{i}": _leaf(width, width) for i in range(leaves)}
 
 
 def transformer(

@@ -23,11 +23,15 @@ class Bracket(NamedTuple):
 
 def narrow(bracket: Bracket, probes: jax.Array, excess: jax.Array) -> Bracket:
     """Return the tightest bracket that the counts at ascending probes prove."""
-    keys = jnp.concatenate([bracket.low[None], probes, bracket.high[None]])
-    excess = jnp.concatenate([bracket.over[None], excess, bracket.under[None]])
-    # Fewer keys reach a higher probe, so the excess falls; low may repeat as a probe.
-    last = jnp.clip(jnp.sum(excess >= 0, dtype=jnp.int32) - 1, 0, probes.size)
-    return Bracket(keys[last], keys[last + 1], excess[last], excess[last + 1])
+    # Fewer keys reach a higher probe, so the excess falls. To index the ends instead
+    # takes seven kernels on the CPU, and each takes 10 ms to compile.
+    below = excess >= 0
+    return Bracket(
+        low=jnp.max(jnp.where(below, probes, bracket.low)),
+        high=jnp.min(jnp.where(below, bracket.high, probes)),
+        over=jnp.min(jnp.where(below, excess, bracket.over)),
+        under=jnp.max(jnp.where(below, bracket.under, excess)),
+    )
 
 
 def interpolate(

@@ -77,6 +77,20 @@ def test_choice_equals_a_sort(seed, kinds, dtype, ratio):
     assert count == sum(map(np.sum, expected))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_leaves_and_leaves_of_many_rows(kind):
+    """On one CPU device leaves are joined by sixteen, and large ones are read alone."""
+    rng = np.random.default_rng(4)
+    shapes = [(3, 31)] * 18 + [(7,)] * 17 + [(3, 123, 129)]
+    scores = [np.asarray(kind(rng, shape)).astype(np.float32) for shape in shapes]
+    for ratio in (0.0, 0.3, 0.95, 1 - 1 / 49_394):
+        masks, count = choose(scores, ratio)
+        expected = active(scores, budget(ratio, sum(s.size for s in scores)))
+        for mask, want in zip(masks, expected, strict=True):
+            np.testing.assert_array_equal(mask, want)
+        assert count == sum(map(np.sum, expected))
+
+
 @pytest.mark.parametrize("kept", [1, 2, 17, 499, 999, 1000])
 def test_exactly_q_without_ties(kept):
     scores = np.random.default_rng(0).permutation(1000).astype(np.float32) + 1
