@@ -200,11 +200,15 @@ def _hold(tx: Any, trainable: Any, new: Any, old: Any) -> Any:
         new,
         trainable,
         transform_non_params=lambda _: True,
-        is_leaf=_is_masked_node,
+        is_leaf=lambda x: x is None or _is_masked_node(x),
     )
-    return jax.tree.map(
-        lambda flag, a, b: a if flag is True else jnp.where(flag, a, b), flags, new, old
-    )
+
+    def choose(flag, a, b):
+        if a is None:  # optax.trace forgets the momentum of what has no gradient
+            return b
+        return a if flag is True else jnp.where(flag, a, b)
+
+    return jax.tree.map(choose, flags, new, old)
 
 
 def _check_state(tx: Any, state: Any, blocks: Any) -> None:

@@ -82,7 +82,7 @@ def select(
         )
     else:
         found, key = by_counts(leaves, kept, start)
-    return _settle(found, key, kept, most)
+    return _settle(found, key, kept, total, most)
 
 
 def _as_int32(words: Words) -> tuple[jax.Array, jax.Array]:
@@ -112,14 +112,18 @@ def _select_by_counts(
     return found, smallest_reaching(score, leaves, found.low, axis_name)
 
 
-def _settle(found: Bracket, key: jax.Array, kept: Words, most: int) -> Selection:
+def _settle(
+    found: Bracket, key: jax.Array, kept: Words, total: Words, most: int
+) -> Selection:
     """Settle the cases in which there is no Q-th greatest positive score."""
-    everything = (found.low == 0) & (found.over == 0)
-    too_few = (found.low == 0) & (found.over != 0)  # the bracket is then [0, 1)
+    # Not told by the search, which also sees the zeros of leaves that take no part.
+    everything = (kept[0] == total[0]) & (kept[1] == total[1])
+    too_few = (found.low == 0) & ~everything  # the bracket is then [0, 1)
     nothing = (kept[0] == 0) & (kept[1] == 0)
-    key = jnp.where(everything, 0, jnp.where(too_few, 1, key))
-    key = jnp.where(nothing, NAN_KEY, key)
-    over = jnp.where(too_few, found.under, found.over)
+    key = jnp.where(too_few, 1, key)
+    key = jnp.where(everything, 0, jnp.where(nothing, NAN_KEY, key))
+    over = jnp.where(everything, 0, jnp.where(too_few, found.under, found.over))
     # Not the NaN of that key, which would look like a fault in every log.
-    threshold = lax.bitcast_convert_type(jnp.where(nothing, INF_KEY, key), jnp.float32)
+    least = jnp.where(nothing & ~everything, INF_KEY, key)
+    threshold = lax.bitcast_convert_type(least, jnp.float32)
     return Selection(key, to_count((kept[0], kept[1] + over), most), threshold)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_accelerator(tmp_path):
     done = subprocess.run(
         [sys.executable, "benchmarks/accelerator.py", "--quick", "--output", tmp_path],

@@ -63,6 +63,7 @@ def latest(folder):
     return max(steps, default=0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_never_was(tmp_path):
     steps = 600
     saved = kill_after(60, tmp_path / "killed", steps)

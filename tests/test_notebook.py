@@ -34,6 +34,7 @@ def texts(notebook):
     return printed, shown
 
 
+@pytest.mark.slow
 def test_runs_on_digits(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", "digits")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -69,7 +70,7 @@ def test_without_the_package_it_says_what_to_do(tmp_path):
         [sys.executable, "-S", "-c", first],  # -S: as though nothing were installed
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        | {"PIP_NO_INDEX": "1"},
+        | {"PIP_NO_INDEX": "1", "PIP_IGNORE_INSTALLED": "1"},
         capture_output=True,
         text=True,
     )

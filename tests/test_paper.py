@@ -403,6 +403,7 @@ def phases(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_row_is_run_once_cut_off_or_not(tmp_path, phases):
     phases.cut = "GSM"
     with pytest.raises(KeyboardInterrupt):

@@ -50,7 +50,8 @@ def simulate(rates, momenta, decays, nesterov):
         def step(carry, now):
             params, state = carry
             settings = {"momentum": momentum, "weight_decay": now[1]}
-            tx = gsm_sgd(now[0], 0.5, nesterov=nesterov, **settings)
+            settings |= {"nesterov": nesterov, "prunable": True}
+            tx = gsm_sgd(now[0], 0.5, **settings)
             updates, state = tx.update(jnp.zeros((1, 2)), state, params)
             params = optax.apply_updates(params, updates)
             # Of a weight that swings, half is in the momentum, half of the time.
@@ -58,7 +59,7 @@ def simulate(rates, momenta, decays, nesterov):
             return (params, state), -jnp.log((params**2 + swing)[0, 0]) / 2
 
         params = jnp.ones((1, 2))
-        start = params, gsm_sgd(0.1, 0.5).init(params)
+        start = params, gsm_sgd(0.1, 0.5, prunable=True).init(params)
         return jax.lax.scan(step, start, (rates, decays))[1]
 
     return jax.vmap(run)(rates, momenta, decays)

@@ -416,7 +416,7 @@ def test_shard_map_over_one_named_axis_equals_one_device(check_vma):
     layout = {"a": P("data"), "b": P("data"), "bias": P()}
     alone, params = optimizer(), jax.tree.map(jnp.asarray, draw(0, shapes))
     grads = draw(1, shapes)
-    expected = make_step(alone)(params, alone.init(params), grads)
+    expected = jax.jit(make_step(alone))(params, alone.init(params), grads)
     with mesh_of("auto", (8,), ("data",)) as mesh:
         tx, put = optimizer(axis_name="data"), lambda t: place(t, mesh, layout)
         params = put(params)
@@ -459,15 +459,17 @@ def test_data_parallelism_with_copies_of_the_parameters(around, axis_name):
     total = jax.grad(loss)(params, batch)
     average = jax.tree.map(lambda g: g / 8, total)
     grads = total if around == "checked" else average
-    expected = make_step(alone)(params, state, grads)[:2]
+    expected = jax.jit(make_step(alone))(params, state, grads)[:2]
     with mesh_of("auto", (8,), ("data",)) as mesh:
         options = {"mesh": mesh, "in_specs": (P(), P(), P("data")), "out_specs": P()}
         step = {
             "pmap": lambda: jax.pmap(
                 local, axis_name="data", in_axes=(None, None, 0), out_axes=None
             ),
-            "checked": lambda: jax.shard_map(local, **options),
-            "unchecked": lambda: jax.shard_map(local, **options, check_vma=False),
+            "checked": lambda: jax.jit(jax.shard_map(local, **options)),
+            "unchecked": lambda: jax.jit(
+                jax.shard_map(local, **options, check_vma=False)
+            ),
         }[around]()
         with (
             NONE
