@@ -5,6 +5,7 @@ from gsm_optax._importance import (
     gradient_importance as gradient_importance,
     magnitude_importance as magnitude_importance,
     taylor_importance as taylor_importance,
+    tempered_importance as tempered_importance,
 )
 from gsm_optax._masking import (
     MaskByImportanceState as MaskByImportanceState,
@@ -24,6 +25,7 @@ from gsm_optax._pruning import (
     magnitude_mask as magnitude_mask,
     prune as prune,
 )
+from gsm_optax._ramp import ratio_ramp as ratio_ramp
 from gsm_optax._recording import Recorder as Recorder
 from gsm_optax._rounding import (
     StochasticRoundingState as StochasticRoundingState,

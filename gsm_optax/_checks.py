@@ -21,13 +21,14 @@ def concrete(value: Any) -> float | None:
     return None if isinstance(value, Tracer) else float(value)
 
 
-def check_ratio(ratio: Any) -> None:
+def check_ratio(ratio: Any, name: str = "ratio") -> None:
     """Raise `ValueError` unless `ratio` can be the pruned fraction.
 
     Numbers and arrays whose value is known are checked, and so is the first value of a
     schedule; what is traced or comes later is not.
     """
-    _check_ratio_value(first_value(ratio), "ratio(0)" if callable(ratio) else "ratio")
+    name = f"{name}(0)" if callable(ratio) else name
+    _check_ratio_value(first_value(ratio), name)
 
 
 def first_value(value: Any) -> Any:
@@ -104,23 +105,35 @@ def check_momentum(momentum: Any) -> None:
         )
 
 
-def check_weight_decay(weight_decay: Any) -> None:
-    """Raise `ValueError` unless `weight_decay` is a scalar of 0 or more, or a schedule.
+def check_smoothing(smoothing: Any) -> None:
+    """Raise `ValueError` unless `smoothing` is a scalar in [0, 1) (as far as known)."""
+    if not _is_real_scalar(smoothing):
+        raise ValueError(
+            f"smoothing={smoothing!r} must be a number in [0, 1) or a scalar array; "
+            "for none, smoothing=0."
+        )
+    if _is_known(smoothing) and not 0 <= float(smoothing) < 1:
+        raise ValueError(
+            f"smoothing={smoothing} is outside [0, 1): it is the fraction of the "
+            "average importance that is kept at a step; try 0.9 to 0.99."
+        )
+
+
+def check_decay(name: str, decay: Any, least: float = 0) -> None:
+    """Raise `ValueError` unless `decay` is a scalar of `least` or more, or a schedule.
 
     Of a schedule the first value is looked at.
     """
-    if callable(weight_decay):
-        first, name = weight_decay(jnp.zeros((), jnp.int32)), "weight_decay(0)"
-    else:
-        first, name = weight_decay, "weight_decay"
+    first, called = first_value(decay), f"{name}(0)" if callable(decay) else name
     if not _is_real_scalar(first):
         raise ValueError(
-            f"{name}={first!r} must be a number, or a scalar array: give weight_decay "
-            "as a float or as an optax schedule of the step; for none, weight_decay=0."
+            f"{called}={first!r} must be a number, or a scalar array: give {name} "
+            "as a float or as an optax schedule of the step; for none, "
+            f"{name}=0."
         )
-    if _is_known(first) and not 0 <= float(first) < math.inf:
+    if _is_known(first) and not least <= float(first) < math.inf:
         raise ValueError(
-            f"{name}={first} must be finite and not negative: the decay "
+            f"{called}={first} must be finite and not negative: the decay "
             "is what turns passive weights into zeros. Try 1e-4 to 1e-3."
         )
 

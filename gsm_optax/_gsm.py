@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_momentum, check_weight_decay
+from gsm_optax._checks import check_decay, check_momentum
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance
 from gsm_optax._paths import leaf_names
@@ -23,6 +23,8 @@ def gsm(
     nesterov: bool = False,
     importance: Importance | None = None,
     prunable: Prunable | None = None,
+    smoothing: jax.typing.ArrayLike = 0.0,
+    passive_decay: optax.ScalarOrSchedule | None = None,
     accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
@@ -64,7 +66,13 @@ def gsm(
         importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default `kernels`, told by name and shape.
-        accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        smoothing: in [0, 1); how much of the average importance is kept at every step:
+            see `mask_by_importance`. 0 is the paper's: that of the last batch alone.
+        passive_decay: :math:`\eta` of the passive entries, if it is to be another than
+            that of the active ones; a float or an optax schedule. A strong one leaves
+            the survivors their own decay, and makes up for a ratio that rises late.
+        accumulator_dtype: dtype of the momentum, by default that of the parameters, and
+            of the average that `smoothing` keeps, by default float32.
         track_churn: whether to count the entries that change side at every step: see
             `mask_by_importance`.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
@@ -103,12 +111,18 @@ def gsm(
         NeurIPS 2019, https://arxiv.org/abs/1909.12778
     """
     check_momentum(momentum)
-    check_weight_decay(weight_decay)
+    check_decay("weight_decay", weight_decay)
+    if passive_decay is not None:
+        check_decay("passive_decay", passive_decay)
+        passive_decay = _difference(passive_decay, weight_decay)
     return optax.chain(
         mask_by_importance(
             ratio,
             importance=importance,
             prunable=prunable,
+            smoothing=smoothing,
+            passive_decay=passive_decay,
+            accumulator_dtype=accumulator_dtype,
             track_churn=track_churn,
             axis_name=axis_name,
         ),
@@ -126,6 +140,8 @@ def gsm_sgd(
     nesterov: bool = False,
     importance: Importance | None = None,
     prunable: Prunable | None = None,
+    smoothing: jax.typing.ArrayLike = 0.0,
+    passive_decay: optax.ScalarOrSchedule | None = None,
     accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
@@ -144,7 +160,13 @@ def gsm_sgd(
         importance: `(param, grad) -> score`; by default `taylor_importance`.
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default `kernels`, told by name and shape.
-        accumulator_dtype: dtype of the momentum; by default that of the parameters.
+        smoothing: in [0, 1); how much of the average importance is kept at every step:
+            see `mask_by_importance`. 0 is the paper's: that of the last batch alone.
+        passive_decay: :math:`\eta` of the passive entries, if it is to be another than
+            that of the active ones; a float or an optax schedule. A strong one leaves
+            the survivors their own decay, and makes up for a ratio that rises late.
+        accumulator_dtype: dtype of the momentum, by default that of the parameters, and
+            of the average that `smoothing` keeps, by default float32.
         track_churn: whether to count the entries that change side at every step: see
             `mask_by_importance`.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: see `mask_by_importance`.
@@ -182,12 +204,22 @@ def gsm_sgd(
             nesterov=nesterov,
             importance=importance,
             prunable=prunable,
+            smoothing=smoothing,
+            passive_decay=passive_decay,
             accumulator_dtype=accumulator_dtype,
             track_churn=track_churn,
             axis_name=axis_name,
         ),
         _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+
+def _difference(passive: Any, active: Any) -> Any:
+    """What is missing to the passive decay where the active one is added to all."""
+    if not (callable(passive) or callable(active)):
+        return passive - active
+    at = lambda value, step: value(step) if callable(value) else value
+    return lambda step: at(passive, step) - at(active, step)
 
 
 def _decay(

@@ -6,12 +6,14 @@ scale; only their order matters. It is called with float32 (or complex64) arrays
 an entry with a score of zero or less is never active.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gsm_optax._checks import is_static
 from gsm_optax._placement import Leaves
 from gsm_optax._reductions import ScoreFn
 
@@ -43,6 +45,49 @@ def taylor_importance(param: jax.Array, grad: jax.Array) -> jax.Array:
         [0.2..., 0.6...]
     """
     return jnp.abs(param * grad)
+
+
+def tempered_importance(power: float = 0.5) -> Importance:
+    r"""Make :math:`|\theta| \cdot |\partial L/\partial\theta|^\gamma`.
+
+    At :math:`\gamma = 1` it is `taylor_importance`, the paper's, at :math:`\gamma = 0`
+    `magnitude_importance`, and is returned as such. Taylor sees what a weight does for
+    the loss, but through the gradients of single batches, which spread over several
+    orders of magnitude where weights spread over one, so that they decide nearly alone.
+    A power evens out the two factors. To be used with `smoothing`.
+
+    Args:
+        power: :math:`\gamma`, in [0, 1].
+
+    Returns:
+        An importance function.
+
+    Raises:
+        ValueError: for a power outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gsm_optax import tempered_importance
+        >>> score = tempered_importance(0.5)
+        >>> score(jnp.array([2.0, -3.0]), jnp.array([0.25, -0.01])).round(2).tolist()
+        [1.0, 0.3...]
+    """
+    if not (is_static(power) and 0 <= power <= 1):
+        raise ValueError(
+            f"power={power!r} must be a number in [0, 1]: 0 is magnitude, 1 is Taylor."
+        )
+    ends = {0.0: magnitude_importance, 1.0: taylor_importance}
+    return ends.get(float(power)) or _Tempered(float(power))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tempered:
+    """See `tempered_importance`."""
+
+    power: float
+
+    def __call__(self, param: jax.Array, grad: jax.Array) -> jax.Array:
+        return jnp.abs(param) * jnp.abs(grad) ** self.power
 
 
 def magnitude_importance(param: jax.Array, grad: jax.Array) -> jax.Array:
@@ -94,12 +139,13 @@ def score_leaves(
 
 def needs_nonzero(importance: Importance) -> bool:
     """Whether an entry of zero is known to score zero, whatever its gradient."""
-    return any(importance is x for x in (taylor_importance, magnitude_importance))
+    known = taylor_importance, magnitude_importance
+    return isinstance(importance, _Tempered) or any(importance is x for x in known)
 
 
 def stored(score: jax.Array) -> jax.Array:
     """Score of a leaf whose scores have been computed already."""
-    return score
+    return score.astype(jnp.float32)
 
 
 def magnitude(x: jax.Array) -> jax.Array:

@@ -1,18 +1,28 @@
 """The gradient of the most important entries only."""
 
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_kept, check_ratio, concrete, first_value
+from gsm_optax._checks import (
+    check_decay,
+    check_kept,
+    check_ratio,
+    check_smoothing,
+    concrete,
+    first_value,
+)
 from gsm_optax._churn import nothing_active, track
 from gsm_optax._importance import (
     Importance,
     Pair,
     needs_nonzero,
     score_leaves,
+    stored,
     taylor_importance,
 )
 from gsm_optax._placement import (
@@ -33,6 +43,7 @@ from gsm_optax._prunable import (
 )
 from gsm_optax._reductions import order_key
 from gsm_optax._selection import select
+from gsm_optax._smoothing import nothing_averaged, smooth
 from gsm_optax._trainable import flags_of, only_part
 from gsm_optax._words import add_words, count_dtype, num_kept, to_count
 
@@ -47,10 +58,12 @@ class MaskByImportanceState(NamedTuple):
     threshold: jax.Array  # float32, shape (): least score that was active; inf if Q = 0
     num_active: jax.Array  # shape (): entries that got their gradient
     num_kept: jax.Array  # shape (): Q, how many should have
-    step: jax.Array | None  # int32, shape (): only where ratio is a schedule
+    step: jax.Array | None  # int32, shape (): only where something is a schedule
     prunable: Any  # which leaves take part; has no leaves itself
     active: Any | None  # B, bools like the prunable parameters: only to track churn,
     churn: jax.Array | None  # shape (): entries that changed side; only then
+    average: Any | None  # of T, like the prunable parameters: only with smoothing,
+    averaged: jax.Array | None  # int32, shape (leaves,): over how many steps; only then
 
 
 def mask_by_importance(
@@ -58,6 +71,9 @@ def mask_by_importance(
     *,
     importance: Importance | None = None,
     prunable: Prunable | None = None,
+    smoothing: jax.typing.ArrayLike = 0.0,
+    passive_decay: optax.ScalarOrSchedule | None = None,
+    accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +117,15 @@ def mask_by_importance(
             the leaf as a whole (inside `shard_map`: at the part that a device holds).
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default `kernels`, told by name and shape.
+        smoothing: s, in [0, 1). If it is not 0 (the paper's), what is compared is not T
+            but its exponential average, :math:`(1 - s) \sum_i s^i T_{k-i}` without its
+            bias towards the start. It is stored, and the search reads it alone. Entries
+            flicker less: 0.9 to 0.99 go with a strong `passive_decay`.
+        passive_decay: what passive entries get in place of their gradient, as a
+            multiple of the parameter: on top of any decay that follows, or taken from
+            it if negative. A float or an optax schedule; None, the paper's, is nothing.
+        accumulator_dtype: dtype of the average that `smoothing` keeps; by default
+            float32.
         track_churn: whether the state also counts the entries that change side, active
             or passive, at every step: for one bool per prunable entry.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: the name or names of the
@@ -117,9 +142,10 @@ def mask_by_importance(
         `optax.tree.get(state, "num_active")`.
 
     Raises:
-        ValueError: for a ratio outside [0, 1) or in half precision; from `init` if no
-            leaf is prunable, if `prunable` does not match, or if the ratio keeps none;
-            from `update` without `params`, or if devices would choose apart.
+        ValueError: for arguments outside their range, or a ratio in half precision;
+            from `init` if no leaf is prunable, if `prunable` does not match, or if the
+            ratio keeps none; from `update` without `params`, or if devices would choose
+            apart.
 
     Warns:
         UserWarning: from `init`, if a prunable leaf is all zeros (a LoRA's B, say),
@@ -140,6 +166,10 @@ def mask_by_importance(
         NeurIPS 2019, https://arxiv.org/abs/1909.12778
     """
     check_ratio(ratio)
+    check_smoothing(smoothing)
+    if passive_decay is not None:
+        check_decay("passive_decay", passive_decay, least=-sys.float_info.max)
+    scheduled = callable(ratio) or callable(passive_decay)
     # The default is None, since inject_hyperparams takes callables for schedules.
     importance = taylor_importance if importance is None else importance
 
@@ -154,14 +184,20 @@ def mask_by_importance(
         if total and axis_name is None:  # else these may be parts
             check_kept(first_ratio, total)
         scalar = lambda dtype: jnp.zeros((), dtype)
+        average, averaged = None, None
+        if concrete(smoothing) != 0:
+            dtype = accumulator_dtype or jnp.float32
+            average, averaged = nothing_averaged(flags, params, dtype)
         return MaskByImportanceState(
             threshold=scalar(jnp.float32),
             num_active=scalar(count_dtype(total)),
             num_kept=scalar(count_dtype(total)),
-            step=scalar(jnp.int32) if callable(ratio) else None,
+            step=scalar(jnp.int32) if scheduled else None,
             prunable=to_marks(flags, params),
             active=nothing_active(flags, params) if track_churn else None,
             churn=scalar(count_dtype(total)) if track_churn else None,
+            average=average,
+            averaged=averaged,
         )
 
     def update_fn(updates, state, params=None, *, trainable=None, **extra_args):
@@ -175,15 +211,23 @@ def mask_by_importance(
         check_marks(state.prunable, flags, params)
         grads, taking, pairs, treedef = _split(updates, params, flags)
         check_axis_name(pairs, axis_name)
-        ratio_now = jnp.asarray(ratio(state.step)) if callable(ratio) else ratio
+        parts = None if trainable is None else flags_of(trainable, updates, taking)
 
         score, scored = score_leaves(importance, jax.lax.stop_gradient(pairs))  # T
+        if state.average is not None:
+            before = treedef.flatten_up_to(state.average)
+            new = list(map(score, *zip(*scored, strict=True)))
+            after, averaged = smooth(
+                smoothing, before, state.averaged, taking, new, pairs, parts
+            )
+            score, scored = stored, [(after[i],) for i in taking]
+            after = jax.tree.unflatten(treedef, after)
+            state = state._replace(average=after, averaged=averaged)
         entries = [share.entries for share in shares(pairs, axis_name)]
-        parts = None if trainable is None else flags_of(trainable, updates, taking)
         if parts is not None:
             score, scored, entries = only_part(score, scored, entries, parts)
         total, most = add_words(entries), most_entries(pairs, axis_name)  # N
-        kept = num_kept(ratio_now, total)  # Q
+        kept = num_kept(_at(ratio, state.step), total)  # Q
         start = state.threshold
         found = select(
             score, scored, kept, total, start, most=most, axis_name=axis_name
@@ -191,14 +235,15 @@ def mask_by_importance(
         active = [order_key(score(*args)) >= found.key for args in scored]  # B
         if parts is not None:
             active = list(map(jnp.logical_and, parts, active))
-        for i, mask, (_, grad) in zip(taking, active, pairs, strict=True):
-            grads[i] = jnp.where(mask, grad, 0)  # B ∘ g
+        rest = _decayed(_at(passive_decay, state.step), pairs, parts)
+        for i, mask, (_, grad), other in zip(taking, active, pairs, rest, strict=True):
+            grads[i] = jnp.where(mask, grad, other)  # B ∘ g
 
         new_state = state._replace(
             threshold=found.threshold,
             num_active=found.num_active,
             num_kept=to_count(kept, most),
-            step=optax.safe_increment(state.step) if callable(ratio) else None,
+            step=optax.safe_increment(state.step) if scheduled else None,
         )
         if track_churn:
             before = treedef.flatten_up_to(state.active)
@@ -208,6 +253,23 @@ def mask_by_importance(
         return jax.tree.unflatten(treedef, grads), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _at(value: Any, step: jax.Array | None) -> Any:
+    """The value of a schedule at a step; anything else as it is."""
+    return jnp.asarray(value(step)) if callable(value) else value
+
+
+def _decayed(
+    decay: Any, pairs: Sequence[Pair], parts: Sequence[jax.Array] | None
+) -> list[Any]:
+    """What passive entries get in every leaf: zero, or so much of the parameter."""
+    if decay is None:
+        return [0] * len(pairs)
+    rest = [(jnp.asarray(decay, x.dtype) * x).astype(g.dtype) for x, g in pairs]
+    if parts is None:
+        return rest
+    return [jnp.where(part, x, 0) for part, x in zip(parts, rest, strict=True)]
 
 
 def _split(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gsm_optax._checks import check_momentum, check_weight_decay, is_static
+from gsm_optax._checks import check_decay, check_momentum, is_static
 
 SUFFICIENT = 12.0  # budgets from here on cost no accuracy at pruning
 RISKY = 8.0  # below this the final pruning was seen to cost accuracy
@@ -37,6 +37,7 @@ def decay_budget(
     *,
     momentum: float = 0.98,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
+    passive_decay: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
 ) -> DecayBudget:
     r"""Tell whether a planned `gsm` run will shrink passive weights to nothing.
@@ -72,6 +73,7 @@ def decay_budget(
         steps: number of optimizer steps (not epochs).
         momentum: :math:`\beta`, in [0, 1), as given to `gsm`.
         weight_decay: :math:`\eta`, a float or an optax schedule, as given to `gsm`.
+        passive_decay: as given to `gsm`; if it is not None, it is the one that acts.
         nesterov: as given to `gsm`. Then :math:`h = (1 + \beta)(1 - \alpha\eta) / 2`
             and :math:`\beta(1 - \alpha\eta)` stands for :math:`\beta` under the root
             and the logarithm: the same, unless :math:`\alpha\eta` is large.
@@ -98,7 +100,8 @@ def decay_budget(
         >>> print(budget)
         decay budget 20.3: a passive weight shrinks to 1.6e-09 of itself. Pruning ...
     """
-    plan = _plan(learning_rate, steps, momentum, weight_decay, nesterov)
+    decays = (weight_decay, passive_decay)
+    plan = _plan(learning_rate, steps, momentum, *decays, nesterov)
     total = float(plan.rates().sum())
     with np.errstate(over="ignore"):  # weights that grow
         budget = DecayBudget(total, float(np.exp(-total)), _advice(plan, total))
@@ -113,6 +116,7 @@ def decay_budget_left(
     *,
     momentum: float = 0.98,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
+    passive_decay: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     r"""Make a function that tells how much of the decay budget is still to come.
@@ -126,6 +130,7 @@ def decay_budget_left(
         steps: number of optimizer steps (not epochs).
         momentum: :math:`\beta`, in [0, 1), as given to `gsm`.
         weight_decay: :math:`\eta`, a float or an optax schedule, as given to `gsm`.
+        passive_decay: as given to `gsm`; if it is not None, it is the one that acts.
         nesterov: as given to `gsm`.
 
     Returns:
@@ -144,7 +149,8 @@ def decay_budget_left(
         3.7
         0.0
     """
-    rates = _plan(learning_rate, steps, momentum, weight_decay, nesterov).rates()
+    decays = (weight_decay, passive_decay)
+    rates = _plan(learning_rate, steps, momentum, *decays, nesterov).rates()
     left = np.append(np.cumsum(rates[::-1])[::-1], 0).astype(np.float32)
     return lambda step: jnp.asarray(left)[jnp.clip(step, 0, int(steps))]
 
@@ -153,24 +159,25 @@ class _Plan(NamedTuple):
     """The settings of a run, checked, with one entry a step."""
 
     learning_rates: np.ndarray
-    weight_decays: np.ndarray
+    decays: np.ndarray
     momentum: float
     nesterov: bool
-    weight_decay: float | None  # None where it is a schedule
+    decay: float | None  # None where it is a schedule
+    name: str  # of the decay: weight_decay or passive_decay
 
     def rates(self) -> np.ndarray:
         """How fast a passive weight shrinks at every step: see `decay_budget`."""
-        pushes = self.learning_rates * self.weight_decays
+        pushes = self.learning_rates * self.decays
         return _rates(pushes, self.momentum, self.nesterov)
 
     def with_decay(self, factor: float) -> "_Plan":
         """The same plan with `factor` times the decay, rounded up to two digits."""
-        if self.weight_decay is None:
-            decays = self.weight_decays * _round_up(factor, 2)
-            return self._replace(weight_decays=decays)
-        decay = _round_up(self.weight_decay * factor, 2)
-        decays = np.full_like(self.weight_decays, decay)
-        return self._replace(weight_decays=decays, weight_decay=decay)
+        if self.decay is None:
+            decays = self.decays * _round_up(factor, 2)
+            return self._replace(decays=decays)
+        decay = _round_up(self.decay * factor, 2)
+        decays = np.full_like(self.decays, decay)
+        return self._replace(decays=decays, decay=decay)
 
 
 def _rates(pushes: np.ndarray, momentum: float, nesterov: bool) -> np.ndarray:
@@ -190,11 +197,20 @@ def _rates(pushes: np.ndarray, momentum: float, nesterov: bool) -> np.ndarray:
 
 
 def _plan(
-    learning_rate: Any, steps: Any, momentum: Any, weight_decay: Any, nesterov: bool
+    learning_rate: Any,
+    steps: Any,
+    momentum: Any,
+    weight_decay: Any,
+    passive_decay: Any,
+    nesterov: bool,
 ) -> _Plan:
     """Check the arguments, and ask the schedules for every step."""
     check_momentum(momentum)
-    check_weight_decay(weight_decay)
+    check_decay("weight_decay", weight_decay)
+    acting, decay = "weight_decay", weight_decay
+    if passive_decay is not None:
+        check_decay("passive_decay", passive_decay)
+        acting, decay = "passive_decay", passive_decay
     if not (is_static(steps) and steps > 0 and steps == int(steps)):
         raise ValueError(
             f"steps={steps} must be a positive whole number of optimizer steps: epochs "
@@ -202,10 +218,11 @@ def _plan(
         )
     return _Plan(
         _by_step("learning_rate", learning_rate, int(steps)),
-        _by_step("weight_decay", weight_decay, int(steps)),
+        _by_step(acting, decay, int(steps)),
         float(momentum),
         nesterov,
-        None if callable(weight_decay) else float(weight_decay),
+        None if callable(decay) else float(decay),
+        acting,
     )
 
 
@@ -236,13 +253,15 @@ def _advice(plan: _Plan, total: float) -> str:
     if total >= SUFFICIENT:
         return "Pruning should be lossless."
     doubt = f"Pruning {'will' if total < RISKY else 'may'} cost accuracy"
-    pushes = plan.learning_rates * plan.weight_decays
+    pushes = plan.learning_rates * plan.decays
     if not pushes.any():
-        return f"{doubt}: nothing decays with a learning rate or weight decay of zero."
+        return (
+            f"{doubt}: nothing decays with a learning rate or {_words(plan)} of zero."
+        )
     if total <= 0:
         return (
             f"{doubt}: steps of αη = {pushes.max():.2g} overshoot, and weights grow "
-            "rather than shrink. Use a smaller learning rate or weight decay."
+            f"rather than shrink. Use a smaller learning rate or {_words(plan)}."
         )
     doubt = f"{doubt}. For a budget of {SUFFICIENT:g} use"
     more_decay = _sufficient(plan, 10)
@@ -250,8 +269,8 @@ def _advice(plan: _Plan, total: float) -> str:
         return f"{doubt} {_decay(plan, more_decay)}, or {_more_steps(plan, total)}."
     remedies = f"{_smaller_momentum(plan)}, or {_more_steps(plan, total)}"
     return (
-        f"{doubt} {remedies}. More weight "
-        f"decay alone will not reach it: with momentum={plan.momentum:g} a weight "
+        f"{doubt} {remedies}. More {_words(plan)} "
+        f"alone will not reach it: with momentum={plan.momentum:g} a weight "
         f"keeps {'about' if plan.nesterov else 'at least'} "
         f"{math.sqrt(plan.momentum):.4g} of itself a step."
     )
@@ -263,7 +282,7 @@ def _sufficient(plan: _Plan, times: float) -> _Plan | None:
     Considered are decays of up to `times` (1 − √β)² / α, from where on more does not
     help a step. The rates grow with the decay as long as αη is below 1.
     """
-    greatest = (plan.learning_rates * plan.weight_decays).max()
+    greatest = (plan.learning_rates * plan.decays).max()
     critical = (1 - math.sqrt(plan.momentum)) ** 2
     low, high = 1.0, max(1.0, min(1.0, times * critical) / greatest)
     if not _suffices(plan.with_decay(high)):
@@ -296,14 +315,18 @@ def _smaller_momentum(plan: _Plan) -> str:
 
 
 def _decay(old: _Plan, new: _Plan) -> str:
-    if new.weight_decay is not None:
-        return f"weight_decay={new.weight_decay:g}"
-    factor = new.weight_decays.max() / old.weight_decays.max()
-    return f"{factor:.3g} times the weight decay"
+    if new.decay is not None:
+        return f"{new.name}={new.decay:g}"
+    factor = new.decays.max() / old.decays.max()
+    return f"{factor:.3g} times the {_words(new)}"
+
+
+def _words(plan: _Plan) -> str:
+    return plan.name.replace("_", " ")
 
 
 def _more_steps(plan: _Plan, total: float) -> str:
-    if not (np.ptp(plan.learning_rates) or np.ptp(plan.weight_decays)):
+    if not (np.ptp(plan.learning_rates) or np.ptp(plan.decays)):
         return f"{_steps_for(plan, total):.0f} steps"
     # A sum over few steps of a falling schedule is greater than its share of many.
     certain = max(total - float(plan.rates().max()), total / 2)

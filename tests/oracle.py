@@ -30,18 +30,53 @@ def _wide(scores):
     return [np.where(np.abs(s) < tiny, 0, s).astype(np.float64) for s in scores]
 
 
-def gsm_step(weights, momenta, grads, *, kept, lr, beta, eta, nesterov=False):
-    """One step on lists of arrays, all of them prunable: new weights and momenta."""
-    masks = active([_product(w, g) for w, g in zip(weights, grads, strict=True)], kept)
+def importance(w, g, power=1.0):
+    """|θ|·|∇|^γ; the paper's T at γ = 1."""
+    w, g = np.abs(np.asarray(w, np.float32)), np.abs(np.asarray(g, np.float32))
+    return (w * g if power == 1 else w * g ** np.float32(power)).astype(np.float32)
+
+
+def averages(scores, weights, smoothing):
+    """Σ_i s^i T_{k-i} / Σ_i s^i of one leaf after every step k = 1, 2, ...
+
+    Where weight and score are zero, the past counts no longer.
+    """
+    total, norm, found = 0.0, 0.0, []
+    for t, w in zip(scores, weights, strict=True):
+        total = np.where((w == 0) & (t == 0), 0, smoothing * total + t)
+        norm = smoothing * norm + 1
+        found.append(total / norm)
+    return found
+
+
+def gsm_step(
+    weights,
+    momenta,
+    grads,
+    *,
+    kept,
+    lr,
+    beta,
+    eta,
+    passive_eta=None,
+    nesterov=False,
+    power=1.0,
+    scores=None,
+):
+    """One step on lists of arrays, all of them prunable: new weights and momenta.
+
+    The choice is by `scores`, if they are given.
+    """
+    if scores is None:
+        pairs = zip(weights, grads, strict=True)
+        scores = [importance(w, g, power) for w, g in pairs]
+    masks = active(scores, kept)
     new_weights, new_momenta = [], []
     for w, z, g, b in zip(weights, momenta, grads, masks, strict=True):
         w, z, g = (np.asarray(x, np.float64) for x in (w, z, g))
-        push = eta * w + np.where(b, g, 0)
+        passive = eta if passive_eta is None else passive_eta
+        push = np.where(b, eta * w + g, passive * w)
         z = beta * z + push
         new_momenta.append(z)
         new_weights.append(w - lr * (push + beta * z if nesterov else z))
     return new_weights, new_momenta
-
-
-def _product(w, g):
-    return np.abs(np.asarray(w, np.float32) * np.asarray(g, np.float32))
