@@ -109,6 +109,27 @@ def test_underdamped_runs_are_not_promised_more_than_happens(arguments, simulate
     assert budget.remaining == pytest.approx(np.exp(-budget.total))
 
 
+def test_the_passive_decay_is_the_one_that_counts():
+    """In the sum, in what gsm_sgd leaves of a weight, and in the advice."""
+    options = {"momentum": 0.9, "weight_decay": 1e-5, "passive_decay": 0.02}
+    tx, steps = gsm_sgd(0.1, 0.5, prunable=True, **options), 250
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jnp.zeros((1, 2)), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jnp.ones((1, 2))
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+    left = decay_budget_left(0.1, steps, **options)
+    alone = decay_budget_left(0.1, steps, momentum=0.9, weight_decay=0.02)
+    assert left(0) == alone(0) == pytest.approx(6.7, abs=0.1)
+    np.testing.assert_allclose(-jnp.log(params), left(0), atol=0.3)
+    with pytest.warns(UserWarning, match=r"use passive_decay=0\.0[\d]+, or \d+ steps"):
+        decay_budget(0.1, steps, **options)
+
+
 def test_value_of_the_papers_lenet_recipe():
     """280 epochs of 234 batches, lr 1e-2 divided by 10 at 160, 200 and 240."""
     epoch = 234
@@ -230,6 +251,8 @@ def test_a_constant_is_a_constant_schedule():
         ((0.1, 10), {"momentum": None}, "momentum=None must be a number"),
         ((0.1, 10), {"weight_decay": -1}, "weight_decay=-1 must"),
         ((0.1, 10), {"weight_decay": lambda step: 1 - step}, "reaches -8"),
+        ((0.1, 10), {"passive_decay": -1}, "passive_decay=-1 must"),
+        ((0.1, 10), {"passive_decay": lambda step: 1 - step}, "passive_decay must not"),
         ((0.1, 10), {"weight_decay": lambda step: jnp.ones(2)}, r"weight_decay\(0\)="),
     ],
 )
