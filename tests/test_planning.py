@@ -111,8 +111,8 @@ def test_underdamped_runs_are_not_promised_more_than_happens(arguments, simulate
 
 def test_the_passive_decay_is_the_one_that_counts():
     """In the sum, in what gsm_sgd leaves of a weight, and in the advice."""
-    options = {"momentum": 0.9, "weight_decay": 1e-5, "passive_decay": 0.02}
-    tx, steps = gsm_sgd(0.1, 0.5, prunable=True, **options), 250
+    options = {"momentum": 0.9, "weight_decay": 1e-5, "passive_decay": 0.005}
+    tx, steps = gsm_sgd(0.1, 0.5, prunable=True, **options), 1300
 
     @jax.jit
     def step(carry, _):
@@ -123,9 +123,9 @@ def test_the_passive_decay_is_the_one_that_counts():
     params = jnp.ones((1, 2))
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
     left = decay_budget_left(0.1, steps, **options)
-    alone = decay_budget_left(0.1, steps, momentum=0.9, weight_decay=0.02)
-    assert left(0) == alone(0) == pytest.approx(6.7, abs=0.1)
-    np.testing.assert_allclose(-jnp.log(params), left(0), atol=0.3)
+    alone = decay_budget_left(0.1, steps, momentum=0.9, weight_decay=0.005)
+    assert left(0) == alone(0) == pytest.approx(6.84, abs=0.01)
+    np.testing.assert_allclose(-jnp.log(params), left(0), atol=0.2)
     with pytest.warns(UserWarning, match=r"use passive_decay=0\.0[\d]+, or \d+ steps"):
         decay_budget(0.1, steps, **options)
 
