@@ -195,7 +195,7 @@ def interleave(
     """
     rng = np.random.default_rng(SEED)
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for i in tqdm(range(rounds + 1), desc=title, leave=False):
+    for i in tqdm(range(rounds + 1), desc=title, leave=False, disable=None):
         grads = jax.block_until_ready(gradients(i))
         for j in rng.permutation(len(contenders)):
             contender = contenders[j]

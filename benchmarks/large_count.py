@@ -101,7 +101,7 @@ def check(shape, levels):
     params = {"kernel": jnp.ones(shape, jnp.bfloat16)}
     total = math.prod(shape)
     records = []
-    for level, kept, expected in tqdm(list(cases(shape, levels)), leave=False):
+    for level, kept, expected in tqdm(list(cases(shape, levels)), disable=None):
         ratio = (total - kept) / total  # float64: Q comes out exact
         got, threshold, seconds, temporary = select(ratio, params, shape)
         below, value = level / LEVELS, (level + 1) / LEVELS

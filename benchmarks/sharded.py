@@ -377,7 +377,7 @@ def seven_billion(args):
         ("concatenate + top_k", naive, AxisType.Auto, slice_layers),
         ("concatenate + top_k", naive, AxisType.Auto, 32),
     ]
-    records = [pod_case(*case) for case in tqdm(cases, desc="compiling", leave=False)]
+    records = [pod_case(*case) for case in tqdm(cases, desc="compiling", disable=None)]
     head = ["", "layers", "entries", "compile s", "per pass", "outside the loop"]
     head += ["temporary", "arguments"]
     print(f"\nper device, {POD[0]} x {POD[1]} devices, compiled and not run")

@@ -166,7 +166,8 @@ def decay(phase: Phase, steps_per_epoch: int) -> float:
         methods.schedule(phase, steps_per_epoch),
         phase.epochs * steps_per_epoch,
     )
-    kind = {"momentum": phase.momentum, "weight_decay": phase.weight_decay}
+    names = ("momentum", "weight_decay", "passive_decay", "nesterov")
+    kind = {name: getattr(phase, name) for name in names}
     return float(decay_budget_left(rate, steps, **kind)(0))
 
 

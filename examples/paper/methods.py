@@ -8,7 +8,15 @@ import optax
 from jax import lax
 
 from examples.paper.recipes import Phase
-from gsm_optax import apply_mask, freeze_pruned, gsm_sgd, kernels, magnitude_mask
+from gsm_optax import (
+    apply_mask,
+    freeze_pruned,
+    gsm_sgd,
+    kernels,
+    magnitude_mask,
+    ratio_ramp,
+    tempered_importance,
+)
 
 
 def schedule(phase: Phase, steps_per_epoch: int) -> optax.Schedule:
@@ -24,9 +32,9 @@ def schedule(phase: Phase, steps_per_epoch: int) -> optax.Schedule:
 
 
 def rising(phase: Phase, steps_per_epoch: int, ratio: float) -> optax.Schedule:
-    """A cubic rise from 0 to `ratio`, steep at first (Zhu and Gupta, 2017)."""
-    steps = max(phase.ramp * phase.epochs * steps_per_epoch, 1)
-    return lambda step: ratio * (1 - (1 - jnp.minimum(step / steps, 1)) ** 3)
+    """A cubic rise from 0 to `ratio` over the ramp of the phase."""
+    steps = round(phase.ramp * phase.epochs * steps_per_epoch)
+    return ratio_ramp(ratio, max(steps, 1))
 
 
 def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -40,12 +48,16 @@ def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
 
 def gsm(phase: Phase, steps_per_epoch: int, ratio: float):
     """Global Sparse Momentum SGD, the ratio rising first if the phase has a ramp."""
+    power = 1.0 if phase.power is None else phase.power
     return gsm_sgd(
         schedule(phase, steps_per_epoch),
         rising(phase, steps_per_epoch, ratio) if phase.ramp else ratio,
         momentum=phase.momentum,
         weight_decay=phase.weight_decay,
         nesterov=phase.nesterov,
+        importance=tempered_importance(power),
+        smoothing=phase.smoothing or 0.0,
+        passive_decay=phase.passive_decay,
     )
 
 

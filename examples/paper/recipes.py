@@ -27,6 +27,9 @@ class Phase:
     weight_decay: float = 5e-4
     nesterov: bool = False
     ramp: float = 0.0  # fraction of the phase in which the ratio rises from 0
+    passive_decay: float | None = None  # None is the paper's, as in what follows
+    smoothing: float | None = None  # of the importance
+    power: float | None = None  # of the gradient in it
 
 
 @dataclass(frozen=True)
