@@ -117,12 +117,20 @@ class ResNet(nnx.Module):
     """
 
     def __init__(
-        self, rngs, dtype=None, *, blocks, width=64, classes=1000, imagenet=False
+        self,
+        rngs,
+        dtype=None,
+        *,
+        blocks,
+        width=64,
+        classes=10,
+        colours=3,
+        imagenet=False,
     ):
         """Initialise the layers."""
         self.imagenet = imagenet
         size, stride = (7, 2) if imagenet else (3, 1)
-        self.stem = ConvNorm(3, width, size, rngs, stride, dtype)
+        self.stem = ConvNorm(colours, width, size, rngs, stride, dtype)
         layers, inputs = [], width
         for stage, count in enumerate(blocks):
             channels = width * 2**stage
@@ -137,7 +145,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(inputs, classes, rngs=rngs, dtype=dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images [batch, height, width, 3] to logits [batch, classes]."""
+        """Map images [batch, height, width, colours] to logits [batch, classes]."""
         x = nnx.relu(self.stem(images))
         if self.imagenet:
             x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -192,7 +200,8 @@ MODELS = {
     "mlp": partial(LeNet300, inputs=64),  # scikit-learn's digits of 8x8 pixels
     "lenet_300_100": LeNet300,
     "lenet5": LeNet5,
-    "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16, classes=10),
+    "resnet8": partial(ResNet, blocks=(1, 1, 1), width=16, colours=1),
+    "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16),
     "densenet40": DenseNet40,
-    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), imagenet=True),
+    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), classes=1000, imagenet=True),
 }
