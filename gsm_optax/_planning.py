@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gsm_optax._checks import check_decay, check_momentum, is_static
+from gsm_optax._checks import check_count, check_decay, check_momentum, is_static
 
 SUFFICIENT = 12.0  # budgets from here on cost no accuracy at pruning
 RISKY = 8.0  # below this the final pruning was seen to cost accuracy
@@ -39,6 +39,7 @@ def decay_budget(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     passive_decay: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
+    ramp_steps: int = 0,
 ) -> DecayBudget:
     r"""Tell whether a planned `gsm` run will shrink passive weights to nothing.
 
@@ -77,6 +78,8 @@ def decay_budget(
         nesterov: as given to `gsm`. Then :math:`h = (1 + \beta)(1 - \alpha\eta) / 2`
             and :math:`\beta(1 - \alpha\eta)` stands for :math:`\beta` under the root
             and the logarithm: the same, unless :math:`\alpha\eta` is large.
+        ramp_steps: as given to `ratio_ramp`, if the ratio rises. What turns passive at
+            its end has only the steps after it, and the total is over these.
 
     Returns:
         A `DecayBudget` (total, remaining, advice); print it to read it. The advice
@@ -102,6 +105,7 @@ def decay_budget(
     """
     decays = (weight_decay, passive_decay)
     plan = _plan(learning_rate, steps, momentum, *decays, nesterov)
+    plan = plan.after(check_count("ramp_steps", ramp_steps, 0, "those of ratio_ramp"))
     total = float(plan.rates().sum())
     with np.errstate(over="ignore"):  # weights that grow
         budget = DecayBudget(total, float(np.exp(-total)), _advice(plan, total))
@@ -164,6 +168,25 @@ class _Plan(NamedTuple):
     nesterov: bool
     decay: float | None  # None where it is a schedule
     name: str  # of the decay: weight_decay or passive_decay
+    ramp_steps: int = 0  # that went before
+
+    @property
+    def steps(self) -> int:
+        """All steps of the run."""
+        return self.ramp_steps + len(self.decays)
+
+    def after(self, ramp_steps: int) -> "_Plan":
+        """The rest of the run, after a ramp."""
+        if ramp_steps >= self.steps:
+            raise ValueError(
+                f"ramp_steps={ramp_steps} leave nothing of steps={self.steps}: what "
+                "turns passive last would not decay at all. Try 0.6 of the steps."
+            )
+        return self._replace(
+            learning_rates=self.learning_rates[ramp_steps:],
+            decays=self.decays[ramp_steps:],
+            ramp_steps=ramp_steps,
+        )
 
     def rates(self) -> np.ndarray:
         """How fast a passive weight shrinks at every step: see `decay_budget`."""
@@ -326,16 +349,15 @@ def _words(plan: _Plan) -> str:
 
 
 def _more_steps(plan: _Plan, total: float) -> str:
-    if not (np.ptp(plan.learning_rates) or np.ptp(plan.decays)):
-        return f"{_steps_for(plan, total):.0f} steps"
-    # A sum over few steps of a falling schedule is greater than its share of many.
-    certain = max(total - float(plan.rates().max()), total / 2)
-    steps = _steps_for(plan, certain)
-    return f"{steps:.0f} steps, with the schedule stretched to match"
-
-
-def _steps_for(plan: _Plan, total: float) -> float:
-    return _round_up(SUFFICIENT * (1 + 1e-6) / total * len(plan.learning_rates), 3)
+    scheduled = bool(np.ptp(plan.learning_rates) or np.ptp(plan.decays))
+    parts = ["the schedule"] * scheduled + ["the ramp"] * (plan.ramp_steps > 0)
+    stretched = " and ".join(parts)
+    if stretched:
+        # A sum over few steps of a falling schedule is greater than its share of many.
+        total = max(total - float(plan.rates().max()), total / 2)
+    steps = _round_up(SUFFICIENT * (1 + 1e-6) / total * plan.steps, 3)
+    ending = f", with {stretched} stretched to match" if stretched else ""
+    return f"{steps:.0f} steps{ending}"
 
 
 def _round_up(value: float, digits: int) -> float:

@@ -130,6 +130,28 @@ def test_the_passive_decay_is_the_one_that_counts():
         decay_budget(0.1, steps, **options)
 
 
+@pytest.mark.parametrize(
+    ("drop", "stretched"), [(1.0, "the ramp"), (0.1, "the schedule and the ramp")]
+)
+def test_a_ramp_leaves_the_steps_after_it(drop, stretched):
+    """What turns passive at its end; and the remedies, followed, are enough."""
+
+    def run(steps, passive_decay):
+        shape = optax.piecewise_constant_schedule(0.1, {round(0.75 * steps): drop})
+        plan = {"momentum": 0.9, "passive_decay": passive_decay}
+        rate = 0.1 if drop == 1 else shape
+        budget = decay_budget(rate, steps, ramp_steps=round(0.6 * steps), **plan)
+        return budget, decay_budget_left(rate, steps, **plan)(round(0.6 * steps))
+
+    with pytest.warns(UserWarning, match=f"with {stretched} stretched to match"):
+        budget, left = run(2000, 4e-3)
+    assert budget.total == pytest.approx(float(left), rel=1e-5)
+    steps = int(re.search(r"(\d+) steps", budget.advice)[1])
+    decay = float(re.search(r"passive_decay=([\d.e+-]*\d)", budget.advice)[1])
+    for remedy in (run(steps, 4e-3), run(2000, decay)):
+        assert 12 <= remedy[0].total < 24
+
+
 def test_value_of_the_papers_lenet_recipe():
     """280 epochs of 234 batches, lr 1e-2 divided by 10 at 160, 200 and 240."""
     epoch = 234
@@ -252,6 +274,8 @@ def test_a_constant_is_a_constant_schedule():
         ((0.1, 10), {"weight_decay": -1}, "weight_decay=-1 must"),
         ((0.1, 10), {"weight_decay": lambda step: 1 - step}, "reaches -8"),
         ((0.1, 10), {"passive_decay": -1}, "passive_decay=-1 must"),
+        ((0.1, 10), {"ramp_steps": 10}, "ramp_steps=10 leave nothing of steps=10"),
+        ((0.1, 10), {"ramp_steps": -1}, "ramp_steps=-1 must be a whole number"),
         ((0.1, 10), {"passive_decay": lambda step: 1 - step}, "passive_decay must not"),
         ((0.1, 10), {"weight_decay": lambda step: jnp.ones(2)}, r"weight_decay\(0\)="),
     ],
