@@ -14,6 +14,7 @@ from gsm_optax import (
     gsm_sgd,
     kernels,
     magnitude_mask,
+    mask_by_importance,
     ratio_ramp,
     tempered_importance,
 )
@@ -48,16 +49,22 @@ def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
 
 def gsm(phase: Phase, steps_per_epoch: int, ratio: float):
     """Global Sparse Momentum SGD, the ratio rising first if the phase has a ramp."""
-    power = 1.0 if phase.power is None else phase.power
+    rate = schedule(phase, steps_per_epoch)
+    ratio = rising(phase, steps_per_epoch, ratio) if phase.ramp else ratio
+    choice = {
+        "importance": tempered_importance(1.0 if phase.power is None else phase.power),
+        "smoothing": phase.smoothing or 0.0,
+        "passive_decay": phase.passive_decay,
+    }
+    if phase.adam:
+        return optax.chain(mask_by_importance(ratio, **choice), optax.adam(rate))
     return gsm_sgd(
-        schedule(phase, steps_per_epoch),
-        rising(phase, steps_per_epoch, ratio) if phase.ramp else ratio,
+        rate,
+        ratio,
         momentum=phase.momentum,
         weight_decay=phase.weight_decay,
         nesterov=phase.nesterov,
-        importance=tempered_importance(power),
-        smoothing=phase.smoothing or 0.0,
-        passive_decay=phase.passive_decay,
+        **choice,
     )
 
 

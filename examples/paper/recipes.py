@@ -30,6 +30,7 @@ class Phase:
     passive_decay: float | None = None  # None is the paper's, as in what follows
     smoothing: float | None = None  # of the importance
     power: float | None = None  # of the gradient in it
+    adam: bool | None = None  # whether Adam follows the selection, in place of momentum
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,28 @@ BEYOND_FASHION = replace(
     gsm=BEYOND,
     gradual=GRADUAL,
 )
+ADAM = replace(BEYOND, learning_rate=1e-3, passive_decay=1e-2, adam=True)
+ADAM_FASHION = replace(
+    FASHION,
+    name="fashion-lenet300-adam-60x",
+    title="LeNet-300-100, Fashion-MNIST, Adam",
+    gsm=ADAM,
+    gradual=None,
+)
+ADAM_DIGITS = replace(
+    DIGITS,
+    name="digits-adam-60x",
+    title="64-300-100-10, digits, Adam",
+    gsm=replace(ADAM, epochs=200, drops=(150, 184)),
+    gradual=None,
+)
+BEYOND_DIGITS = replace(
+    DIGITS,
+    name="digits-tempered-60x",
+    title="64-300-100-10, digits, tempered",
+    gsm=replace(BEYOND, epochs=200, drops=(150, 184)),
+    gradual=replace(GRADUAL, epochs=200, drops=(120, 160)),
+)
 # LeNet-5, 50 epochs.
 BEYOND_LENET5 = replace(
     FASHION_LENET5,
@@ -262,9 +285,12 @@ CHANGED = [
 ROWS = [  # in the order of the tables
     at(DIGITS, 20),
     DIGITS,
+    *(at(BEYOND_DIGITS, c) for c in (20, 60)),
+    *(at(ADAM_DIGITS, c) for c in (20, 60)),
     FASHION,
     FASHION_TUNED,
     *(at(BEYOND_FASHION, c) for c in (20, 60, 125, 250, 500)),
+    *(at(ADAM_FASHION, c) for c in (60, 250)),
     *(at(replace(FASHION, gradual=None), c) for c in (20, 125, 250, 500)),
     at(FASHION_LENET5, 125, "99.21 → 99.22"),
     FASHION_LENET5,
