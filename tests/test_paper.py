@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax import nnx
 
-from examples.paper import experiment, figure, methods, records, tables, training
+from examples.paper import curve, experiment, figure, methods, records, tables, training
 from examples.paper.__main__ import main
 from examples.paper.data import STATISTICS, Arrays, Data, Stream, load, read_idx
 from examples.paper.models import MODELS, DenseNet40, ResNet, create, max_pool
@@ -461,6 +461,22 @@ def write_records(folder, recipe, accuracies, layers=()):
         }
         path = records.path_of(folder, recipe.name, seed, False, False)
         records.write(path, record)
+
+
+def test_curve_draws_every_method_at_every_compression(tmp_path):
+    with pytest.raises(SystemExit, match="run fashion-lenet300-60x and others first"):
+        curve.draw(tmp_path, tmp_path / "curve.png")
+    for name in ("fashion-lenet300-60x", "fashion-lenet300-tempered-60x"):
+        write_records(tmp_path, RECIPES[name], [90.0, 88.0])
+    write_records(tmp_path, RECIPES["fashion-lenet300-tempered-20x"], [89.0])
+    upper, lower = curve.draw(tmp_path, tmp_path / "curve.png").axes
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
+    for axis in (upper, lower):
+        lines = {x.get_label(): x.lines[0].get_xydata() for x in axis.containers}
+        assert set(lines) == set(curve.LINES)
+        np.testing.assert_array_equal(lines["ours"], [[20, 89], [60, 89]])
+        np.testing.assert_array_equal(lines["dense"], [[60, 89]])
+    assert [x.get_text() for x in lower.get_xticklabels()] == ["20x", "60x"]
 
 
 def test_table_and_figure(tmp_path):

@@ -4,6 +4,7 @@
     python -m examples.paper run digits-60x            # three seeds; a minute
     python -m examples.paper table                     # what has been run so far
     python -m examples.paper figure                    # densities found by layer
+    python -m examples.paper curve                     # accuracy against compression
 
 Runs go on where they were cut off. Nothing is downloaded.
 """
@@ -11,7 +12,7 @@ Runs go on where they were cut off. Nothing is downloaded.
 import argparse
 from pathlib import Path
 
-from examples.paper import experiment, figure, records, tables
+from examples.paper import curve, experiment, figure, records, tables
 from examples.paper.recipes import RECIPES
 
 ERRORS = (FileNotFoundError, ImportError, ValueError, FloatingPointError)  # explained
@@ -44,6 +45,8 @@ def parse_args(argv=None):
     commands.add_parser("table", parents=[results], help="print results as Markdown")
     draw = commands.add_parser("figure", parents=[results], help="draw densities")
     draw.add_argument("--output", type=Path, default=Path("results/densities.png"))
+    draw = commands.add_parser("curve", parents=[results], help="draw accuracies")
+    draw.add_argument("--output", type=Path, default=Path("results/compression.png"))
     return parser.parse_args(argv)
 
 
@@ -73,7 +76,7 @@ def main(argv=None) -> None:
     elif args.command == "table":
         print(tables.results_table(args.results))
     else:
-        figure.draw(args.results, args.output)
+        {"figure": figure, "curve": curve}[args.command].draw(args.results, args.output)
 
 
 if __name__ == "__main__":
