@@ -51,7 +51,7 @@ def _settled_walk(program: Any, shapes: list[Any]) -> Walk:
             key: axes[0] if axes else 0 for key, axes in (clear or live).items()
         }
     for primitive, ids in walk.sums:
-        walk.ties.pin(ids, primitive)
+        walk.ties.pin(ids[walk.ties.pinned(ids) == 0], primitive)
     return walk
 
 

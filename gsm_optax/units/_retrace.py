@@ -16,6 +16,8 @@ from gsm_optax.units._walk import Step, Walk
 
 SAME, DIFFERS, RAISES = "same", "differs", "raises"
 
+MOST_FAILURES = 12  # a network of linen's modules raises for every family
+
 
 def check_by_tracing(
     walk: Walk,
@@ -27,24 +29,36 @@ def check_by_tracing(
     """Families without those of whose size the network knows.
 
     Some functions cannot be traced with fewer units, because they check their sizes as
-    linen's modules do. Of those, families that are contracted between two activations,
-    as queries and keys are, are left out: their size is most often in a scale.
+    linen's modules do. Of those, the axes of a product of two activations are left out,
+    as the dimensions of attention are: their size is most often in a scale, too.
     """
-    attempt = lambda group: _attempt(walk, [families[i] for i in group], fn, like, inputs)
-    everything = list(range(len(families)))
-    found = dict.fromkeys(everything, RAISES)
-    _sort_out(everything, attempt(everything) if everything else SAME, attempt, found)
-    traced = [i for i in everything if found[i] == SAME]
-    if traced != everything and traced and attempt(traced) != SAME:
+    failures = 0
+
+    def attempt(group: list[int]) -> str:
+        nonlocal failures
+        if failures >= MOST_FAILURES:
+            return RAISES
+        chosen = [families[i] for i in group]
+        outcome = _attempt(walk, chosen, fn, like, inputs)
+        failures += outcome == RAISES
+        return outcome
+
+    primitives = [_multiplied(walk, family, like) for family in families]
+    multiplied = [i for i, primitive in enumerate(primitives) if primitive]
+    others = [i for i, primitive in enumerate(primitives) if not primitive]
+    found = dict.fromkeys(range(len(families)), RAISES)
+    for group in (multiplied, others):
+        if group:
+            _sort_out(group, attempt(group), attempt, found)
+    traced = [i for i in found if found[i] == SAME]
+    if traced and attempt(traced) != SAME:
         found.update(dict.fromkeys(traced, RAISES))
     for i, family in enumerate(families):
-        if found[i] == DIFFERS:
+        if found[i] == RAISES and primitives[i]:
+            found[i] = DIFFERS
+            walk.ties.pin(_ids(family, like), f"{primitives[i]} of two activations")
+        elif found[i] == DIFFERS:
             walk.ties.pin(_ids(family, like), "its size, which fn uses")
-    for primitive, ids in walk.products:
-        for i, family in enumerate(families):
-            if found[i] == RAISES and _is_contracted(walk, family, ids, like):
-                found[i] = DIFFERS
-                walk.ties.pin(_ids(family, like), f"{primitive} of two activations")
     return tuple(
         family._replace(is_traced=found[i] == SAME)
         for i, family in enumerate(families)
@@ -65,8 +79,7 @@ def _sort_out(
     middle = len(group) // 2
     halves = group[:middle], group[middle:]
     outcomes = [attempt(half) for half in halves]
-    if outcomes[0] == outcomes[1] != DIFFERS:
-        # Only together they stand out; or all raise, and so would the parts of them.
+    if outcomes == [SAME, SAME]:  # only together they stand out
         found.update(dict.fromkeys(group, outcome))
         return
     for half, part in zip(halves, outcomes, strict=True):
@@ -132,7 +145,10 @@ def _ids(family: Family, like: Any) -> np.ndarray:
     return first + part.indices[:, 0]
 
 
-def _is_contracted(walk: Walk, family: Family, ids: np.ndarray, like: Any) -> bool:
-    return np.isin(
-        walk.ties.classes(ids), walk.ties.classes(_ids(family, like))
-    ).any()
+def _multiplied(walk: Walk, family: Family, like: Any) -> str | None:
+    """The primitive that multiplies two activations with an axis of the family."""
+    own = walk.ties.classes(_ids(family, like))
+    for primitive, ids in walk.products:
+        if np.isin(walk.ties.classes(ids), own).any():
+            return primitive
+    return None

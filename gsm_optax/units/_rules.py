@@ -61,21 +61,20 @@ def _zero(number: float) -> float:
 
 
 def elementwise(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
-    """Axis i with axis i; scalars have none."""
-    rank = len(eqn.outvars[0].aval.shape)
-    full = [arg for arg in args if len(arg.axes) == rank]
-    if not full or any(len(arg.axes) not in (0, rank) for arg in args):
+    """Axis i with axis i, but for those of size 1; scalars have none."""
+    shape = eqn.outvars[0].aval.shape
+    arrays = [arg for arg in args if arg.axes]
+    if any(len(arg.axes) != len(shape) for arg in arrays):
         return unknown(walk, eqn, args)
+    number = float(elementwise_number(eqn, [arg.number for arg in args]))
     axes = []
-    for i in range(rank):
-        out = full[0].axes[i].copy()
-        for arg in full[1:]:
-            walk.tie(out, arg.axes[i])
+    for i, size in enumerate(shape):
+        full = [arg.axes[i] for arg in arrays if len(arg.axes[i]) == size]
+        axis = walk.join(full) if full else walk.new(size)
         values = [arg.axes[i]["value"] if arg.axes else arg.number for arg in args]
-        out["value"] = elementwise_number(eqn, values)
-        axes.append(out)
-    number = elementwise_number(eqn, [arg.number for arg in args])
-    return Value(tuple(axes), float(number))
+        axis["value"] = elementwise_number(eqn, values)
+        axes.append(axis)
+    return Value(tuple(axes), number)
 
 
 @rule("optimization_barrier")
@@ -271,7 +270,11 @@ def _dot_general(walk: Any, eqn: Any, args: list[Value]) -> Value:
     (left, right), dims = args, eqn.params["dimension_numbers"]
     ((left_sum, right_sum), (left_batch, right_batch)) = dims
     for i, j in zip(left_sum, right_sum, strict=True):
-        walk.contract(eqn, left.axes[i], right.axes[j], args)
+        walk.contract(eqn, left.axes[i], right.axes[j])
+    if not (left.is_weight or right.is_weight):
+        for value, batch in ((left, left_batch), (right, right_batch)):
+            own = [axis for i, axis in enumerate(value.axes) if i not in batch]
+            walk.products += [(eqn.primitive.name, axis["id"]) for axis in own]
     axes = []
     for i, j in zip(left_batch, right_batch, strict=True):
         axis = left.axes[i].copy()
@@ -298,7 +301,7 @@ def _conv(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
     makes, reads, *window = (kernel.axes[i] for i in dims.rhs_spec)
     walk.pin(eqn, *space, *window)
     if groups == 1:
-        walk.contract(eqn, features, reads, args)
+        walk.contract(eqn, features, reads)
     else:
         _tie_groups(walk, eqn, groups, features, makes)
         walk.pin(eqn, reads)

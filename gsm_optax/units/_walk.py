@@ -39,7 +39,7 @@ class Walk:
         self.choices = choices
         self.open: dict[Any, list[np.ndarray]] = {}  # reshapes to be decided
         self.sums: list[tuple[str, np.ndarray]] = []  # nodes that add something
-        self.products: list[tuple[str, np.ndarray]] = []  # contracted between activations
+        self.products: list[tuple[str, np.ndarray]] = []  # of a product of two activations
         self.steps: list[Step] = []
         self.seen: dict[bytes, np.ndarray] = {}  # nodes along each different axis
         self._place: tuple[int, ...] = ()
@@ -78,13 +78,11 @@ class Walk:
         joined["value"] = same_number([axis["value"] for axis in axes])
         return joined
 
-    def contract(self, eqn: Any, one: Axis, other: Axis, args: list[Value]) -> None:
+    def contract(self, eqn: Any, one: Axis, other: Axis) -> None:
         """Sum over two axes: an index adds nothing where either is zero."""
         self.tie(one, other)
         silent = (one["value"] == 0) | (other["value"] == 0)
         self.sums.append((eqn.primitive.name, one["id"][~silent]))
-        if not any(arg.is_weight for arg in args):
-            self.products.append((eqn.primitive.name, one["id"]))
 
     def choose(self, eqn: Any, group: int, axes: list[Axis]) -> int | None:
         """Which of the axes is followed through a reshape; None if that is open.
