@@ -461,3 +461,78 @@ def test_units_of_the_zoo_go_without_a_trace(build, sizes):
     assert sorted(family.size for family in units.families) == sorted(sizes), str(units)
     assert all(family.is_traced for family in units.families) == (not small_fn)
     check(fn, params, inputs, units, *small_fn)
+
+
+def dense(params, x, activation=jax.nn.sigmoid):
+    """Two layers with something in between; a sigmoid of zero is not zero."""
+    return activation(x @ params["w"] + params["b"])
+
+
+SHAPES = {"w": (3, 6), "b": (1, 6), "v": (6, 4)}
+
+
+def grouped_norm(h):
+    pairs = h.reshape(4, -1, 2)
+    return (pairs - pairs.mean(-1, keepdims=True)).reshape(4, -1)
+
+
+# What goes between a layer of 6 neurons and the next; the number of families that come
+# of it, which is 0 where a naive rule would find one that is none.
+BETWEEN = {
+    "nothing": (lambda h, p: h, [6]),
+    "sum over features": (lambda h, p: h - h.sum(-1, keepdims=True), []),
+    "softmax over features": (lambda h, p: jax.nn.softmax(h), []),
+    "sort": (lambda h, p: jnp.sort(h), []),
+    "cumsum": (lambda h, p: jnp.cumsum(h, -1), []),
+    "reverse": (lambda h, p: h[:, ::-1], [6]),
+    "pairs": (lambda h, p: h + h[:, ::-1], [3]),
+    "roll": (lambda h, p: h + jnp.roll(h, 1, -1), []),
+    "stride": (lambda h, p: jnp.repeat(h[:, ::2], 2, -1), []),
+    "slice": (lambda h, p: h[:, 1:] @ p["v"][1:], [5]),
+    "iota": (lambda h, p: h * jnp.arange(6.0)[None], []),
+    "constant": (lambda h, p: h + np.arange(6, dtype=np.float32)[None], []),
+    "uniform constant": (lambda h, p: h + np.ones((1, 1), np.float32), [6]),
+    "gather": (lambda h, p: h[:, np.array([0, 2, 1, 3, 5, 4])], []),
+    "gram": (lambda h, p: (h @ h.T) @ h, []),
+    "diagonal": (lambda h, p: h * jnp.diag(p["v"] @ p["v"].T)[None], []),
+    "mixing reshape": (lambda h, p: h.reshape(-1, 3, 2).swapaxes(1, 2).reshape(-1, 6), []),
+    "groups": (lambda h, p: grouped_norm(h), [3]),
+    "dynamic slice": (lambda h, p: jnp.tile(lax.dynamic_slice(h, (0, 1), (4, 3)), 2), []),
+    "argmax": (lambda h, p: h + jnp.argmax(h, -1, keepdims=True).astype(F32), []),
+    "scaled by its size": (lambda h, p: h / h.shape[-1] ** 0.5, []),
+    "scale of one entry": (lambda h, p: h * p["scalar"], [6]),
+    "scale of each": (lambda h, p: jnp.where(h > 0, h, p["b"] * h), [6]),
+    "unequal offset": (lambda h, p: h.at[:, 1:].add(h[:, :-1]), []),
+    "offset": (lambda h, p: jnp.pad(h[:, 1:], ((0, 0), (0, 1))) + h, []),
+    "weights in two roles": (lambda h, p: h + (h @ p["square"]), [6]),
+    "the same weights mixed": (lambda h, p: h @ p["w2"] @ p["w"], [6]),
+    "its own transpose": (lambda h, p: h @ (p["square"] + p["square"].T), [6]),
+    "normed weights": (lambda h, p: h * lax.rsqrt((p["w"] ** 2).sum(0, keepdims=True)), []),
+    "fft": (lambda h, p: jnp.abs(jnp.fft.fft(h)), []),
+    "loop": (lambda h, p: lax.while_loop(lambda h: h[0, 0] > 9, lambda h: h - 1, h), []),
+    "noise": (lambda h, p: h * jax.random.uniform(jax.random.key(0), h.shape), []),
+    "outer product": (lambda h, p: (h[:, :, None] * h[:, None, :]).reshape(-1, 36)[:, :6], []),
+    "head by index": (lambda h, p: jnp.concatenate([h[:, :2], h[:, 4:], h[:, 2:4]], -1), [2]),
+}
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_a_naive_rule_would_get_wrong(name):
+    between, sizes = BETWEEN[name]
+    shapes = SHAPES | {"w2": (6, 3), "square": (6, 6), "scalar": (1, 1)}
+    shapes |= {"first": (2, 4), "second": (4, 2)}
+    params = randomized({n: np.zeros(s) for n, s in shapes.items()})
+    params |= {"w2": randomized(params["w2"], 3)}
+
+    def fn(params, x):
+        h = between(dense(params, x), params)
+        h = h if name == "slice" else h @ params["v"][: h.shape[-1]]
+        x = jax.nn.relu(x[:, :2] @ params["first"])  # always a family
+        return h, x @ params["second"]
+
+    inputs = (sample((4, 3)),)
+    units = find_units(fn, params, *inputs)
+    own = [f.size for f in units.families if "second[0]" not in map(str, f.slices)]
+    assert own == sizes, str(units)
+    check(fn, params, inputs, units)

@@ -10,6 +10,8 @@ from gsm_optax.units._axes import same_number
 
 _erf = np.vectorize(math.erf, otypes=[float])
 
+
+
 # What each makes of numbers; None where that is not followed.
 _NUMBERS: dict[str, Any] = {
     "abs": np.abs,
@@ -78,7 +80,7 @@ _NUMBERS: dict[str, Any] = {
     "real": lambda x: x,
     "reduce_precision": lambda x: x,
     "rem": None,
-    "round": None,
+    "round": np.round,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": None,
     "sharding_constraint": lambda x: x,
@@ -103,37 +105,39 @@ def is_elementwise(name: str) -> bool:
     return name in _NUMBERS
 
 
-def elementwise_number(eqn: Any, numbers: list[Any]) -> Any:
+def elementwise_number(eqn: Any, numbers: list[Any]) -> np.ndarray:
     """What the primitive makes of numbers, element by element; NaN if not known.
 
     A product with zero is zero whatever the other factor is, as long as that is finite.
+    Infinity stands for anything that is not finite.
     """
-    numbers = [np.asarray(x, np.float64) for x in numbers]
-    with np.errstate(all="ignore"):
-        known = _evaluate(eqn, numbers)
-    # What is not finite is no ground to stand on.
-    return np.where(np.isfinite(known), known, np.nan)
-
-
-def _evaluate(eqn: Any, numbers: list[np.ndarray]) -> np.ndarray:
     name = eqn.primitive.name
-    if name == "select_n":
-        return _select(*numbers)
+    numbers = [np.asarray(x, np.float64) for x in numbers]
+    unknown = np.any(np.broadcast_arrays(*map(np.isnan, numbers)), axis=0)
+    with np.errstate(all="ignore"):
+        if name == "select_n":
+            return _select(*numbers)
+        made = np.where(unknown, np.nan, _evaluate(eqn, name, numbers))
+    if name in ("mul", "div"):
+        made = np.where((numbers[0] == 0) & np.isnan(numbers[1]), 0.0, made)
+    if name == "mul":
+        made = np.where((numbers[1] == 0) & np.isnan(numbers[0]), 0.0, made)
+    return made
+
+
+def _evaluate(eqn: Any, name: str, numbers: list[np.ndarray]) -> np.ndarray:
+    """What it makes of known numbers; infinite if they have no finite result."""
     if name == "integer_pow":
         made = numbers[0] ** eqn.params["y"]
     elif name == "convert_element_type" and not _is_inexact(eqn):
         made = _to_integer(eqn, numbers[0])
+    elif name == "round" and not eqn.params["rounding_method"]:  # away from zero
+        made = np.trunc(numbers[0] + np.copysign(0.5, numbers[0]))
     elif _NUMBERS[name] is None:
         return np.full(np.broadcast_shapes(*map(np.shape, numbers)), np.nan)
     else:
-        made = np.asarray(_NUMBERS[name](*numbers), np.float64)
-    for x in numbers:  # comparisons do not pass NaN on
-        made = np.where(np.isnan(x), np.nan, made)
-    if name == "mul":
-        made = np.where((numbers[0] == 0) | (numbers[1] == 0), 0.0, made)
-    if name == "div":
-        made = np.where((numbers[0] == 0) & (numbers[1] != 0), 0.0, made)
-    return made
+        made = _NUMBERS[name](*numbers)
+    return np.where(np.isnan(made), np.inf, made)
 
 
 def _is_inexact(eqn: Any) -> bool:

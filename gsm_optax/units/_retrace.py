@@ -16,6 +16,8 @@ from gsm_optax.units._walk import Step, Walk
 
 SAME, DIFFERS, RAISES = "same", "differs", "raises"
 
+ONE = "one leaf reads or makes it"  # so its size is written down elsewhere
+
 MOST_FAILURES = 12  # a network of linen's modules raises for every family
 
 
@@ -54,9 +56,10 @@ def check_by_tracing(
     if traced and attempt(traced) != SAME:
         found.update(dict.fromkeys(traced, RAISES))
     for i, family in enumerate(families):
-        if found[i] == RAISES and primitives[i]:
+        if found[i] == RAISES and (primitives[i] or len(family.slices) == 1):
             found[i] = DIFFERS
-            walk.ties.pin(_ids(family, like), f"{primitives[i]} of two activations")
+            reason = f"{primitives[i]} of two activations" if primitives[i] else ONE
+            walk.ties.pin(_ids(family, like), reason)
         elif found[i] == DIFFERS:
             walk.ties.pin(_ids(family, like), "its size, which fn uses")
     return tuple(

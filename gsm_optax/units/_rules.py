@@ -57,6 +57,11 @@ def _zero(number: float) -> float:
     return 0.0 if number == 0 else np.nan
 
 
+def _product(one: float, other: float) -> float:
+    """What a sum of products with these is, if that is zero."""
+    return 0.0 if 0 in (one, other) else np.nan
+
+
 # Elementwise
 
 
@@ -73,6 +78,8 @@ def elementwise(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         axis = walk.join(full) if full else walk.new(size)
         values = [arg.axes[i]["value"] if arg.axes else arg.number for arg in args]
         axis["value"] = elementwise_number(eqn, values)
+        finite = np.all(np.broadcast_arrays(*map(np.isfinite, values)), axis=0)
+        walk.add(eqn, axis, finite & np.isinf(axis["value"]))  # and so to all it meets
         axes.append(axis)
     return Value(tuple(axes), number)
 
@@ -288,7 +295,7 @@ def _dot_general(walk: Any, eqn: Any, args: list[Value]) -> Value:
     ):
         free = [axis for i, axis in enumerate(value.axes) if i not in gone]
         axes += [_known_values(axis, keep=False) for axis in free]
-    return Value(tuple(axes), min(_zero(left.number), _zero(right.number)))
+    return Value(tuple(axes), _product(left.number, right.number))
 
 
 @rule("conv_general_dilated")
@@ -309,7 +316,7 @@ def _conv(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
     axes = [walk.new_pinned(eqn, size) for size in shape]
     axes[dims.out_spec[0]] = _known_values(batch, keep=False)
     axes[dims.out_spec[1]] = _grouped_zeros(groups, features, makes)
-    return Value(tuple(axes), min(_zero(left.number), _zero(kernel.number)))
+    return Value(tuple(axes), _product(left.number, kernel.number))
 
 
 def _tie_groups(walk: Any, eqn: Any, groups: int, features: Axis, makes: Axis) -> None:
@@ -357,13 +364,16 @@ def _forget(axis: Axis) -> Axis:
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulate(walk: Any, eqn: Any, args: list[Value]) -> Value:
-    walk.pin(eqn, args[0].axes[eqn.params["axis"]])
+    along = eqn.params["axis"]
+    walk.pin(eqn, args[0].axes[along])
     keep = eqn.primitive.name in ("cummax", "cummin")
     known = keep or eqn.primitive.name in ("cumsum", "cumprod")
-    axes = tuple(
-        _known_values(axis, keep) if known else _forget(axis) for axis in args[0].axes
+    return Value(
+        tuple(
+            _known_values(axis, keep) if known and i != along else _forget(axis)
+            for i, axis in enumerate(args[0].axes)
+        )
     )
-    return Value(axes)
 
 
 @rule("sort")
@@ -423,8 +433,8 @@ def _reduce_window(walk: Any, eqn: Any, args: list[Value]) -> Value:
 
 def _windows_hold_entries(eqn: Any) -> bool:
     """Whether no window lies in the padding alone, whose maximum is -inf."""
-    plain = all(n == 1 for n in eqn.params["base_dilation"])
-    return plain and all(
+    dilations = *eqn.params["base_dilation"], *eqn.params["window_dilation"]
+    return set(dilations) <= {1} and all(
         max(padding) < window
         for window, padding in zip(
             eqn.params["window_dimensions"], eqn.params["padding"], strict=True

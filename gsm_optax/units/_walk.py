@@ -82,7 +82,11 @@ class Walk:
         """Sum over two axes: an index adds nothing where either is zero."""
         self.tie(one, other)
         silent = (one["value"] == 0) | (other["value"] == 0)
-        self.sums.append((eqn.primitive.name, one["id"][~silent]))
+        self.add(eqn, one, ~silent)
+
+    def add(self, eqn: Any, axis: Axis, there: np.ndarray) -> None:
+        """Note that these indices of an axis add something."""
+        self.sums.append((eqn.primitive.name, axis["id"][there]))
 
     def choose(self, eqn: Any, group: int, axes: list[Axis]) -> int | None:
         """Which of the axes is followed through a reshape; None if that is open.
