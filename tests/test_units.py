@@ -536,3 +536,116 @@ def test_what_a_naive_rule_would_get_wrong(name):
     own = [f.size for f in units.families if "second[0]" not in map(str, f.slices)]
     assert own == sizes, str(units)
     check(fn, params, inputs, units)
+
+
+def random_program(seed):
+    """A network of random operations on the last axis, and its parameters."""
+    rng = np.random.default_rng(seed)
+    params, steps, widths = {}, [], [3]
+
+    def weight(*shape):
+        name = f"{len(params)}"
+        params[name] = np.zeros(shape, np.float32)
+        return name
+
+    def dense(n):
+        name = weight(n, width := int(rng.choice([4, 6, 8])))
+        return width, lambda p, h, old: h @ p[name]
+
+    def bias(n):
+        name = weight(1, n)
+        return n, lambda p, h, old: h + p[name]
+
+    def scale(n):
+        name = weight(1, n)
+        return n, lambda p, h, old: h * p[name]
+
+    def activate(n):
+        names = [jnp.tanh, jax.nn.relu, jax.nn.sigmoid, jnp.cos, jax.nn.gelu]
+        function = names[rng.integers(len(names))]
+        return n, lambda p, h, old: function(h)
+
+    def earlier(n):
+        same = [i for i, m in enumerate(widths) if m == n]
+        i, multiply = same[rng.integers(len(same))], rng.random() < 0.5
+        return n, lambda p, h, old: h * old[i] if multiply else h + old[i]
+
+    def concatenate(n):
+        i = rng.integers(len(widths))
+        return n + widths[i], lambda p, h, old: jnp.concatenate([h, old[i]], -1)
+
+    def half(n):
+        part, written = int(rng.integers(2)), rng.random() < 0.5
+        cut = lambda h: n // 2 if written else h.shape[-1] // 2
+        if part:
+            return n - n // 2, lambda p, h, old: h[:, cut(h) :]
+        return n // 2, lambda p, h, old: h[:, : cut(h)]
+
+    def swap(n):
+        a = 2 if n % 2 == 0 else 1
+        outer = rng.random() < 0.5
+        shape = lambda h: (2, -1, a) if outer else (2, a, -1)
+        move = lambda h: h.reshape(shape(h)).swapaxes(1, 2).reshape(2, -1)
+        return n, lambda p, h, old: move(h)
+
+    def pairs(n):
+        if n % 2:
+            return n, lambda p, h, old: h
+        return n // 2, lambda p, h, old: h.reshape(2, -1, 2).max(-1)
+
+    def mixed(n):
+        kind = rng.integers(6)
+        return n, lambda p, h, old: (
+            h[:, ::-1],
+            jnp.cumsum(h, -1),
+            h - h.mean(-1, keepdims=True),
+            jnp.roll(h, 1, -1),
+            h / h.shape[-1],
+            h @ h.T @ h,
+        )[kind]
+
+    def square(n):
+        name = weight(n, n)
+        return n, lambda p, h, old: h + h @ (p[name].T if n % 4 else p[name])
+
+    kinds = [dense, dense, dense, bias, scale, activate, activate, earlier]
+    kinds += [concatenate, half, swap, pairs, mixed, square]
+    for kind in [dense, *rng.choice(np.array(kinds, object), 8), dense]:
+        width, step = kind(widths[-1])
+        if not 2 <= width <= 16:
+            continue
+        widths.append(width)
+        steps.append(step)
+    last = weight(widths[-1], 3)
+
+    def fn(params, x):
+        old = [x]
+        for step in steps:
+            old.append(step(params, old[-1], old))
+        return old[-1] @ params[last]
+
+    return fn, randomized(params, seed), (sample((2, 3)),)
+
+
+def check_random_program(seed):
+    fn, params, inputs = random_program(seed)
+    try:
+        units = find_units(fn, params, *inputs)
+    except ValueError as error:
+        assert "no units" in str(error)
+        return 0
+    if not all(family.is_traced for family in units.families):
+        return 0  # it cannot be run with fewer units
+    check(fn, params, inputs, units)
+    return len(units.families)
+
+
+@pytest.mark.promotes
+def test_units_of_random_programs_go_without_a_trace():
+    assert sum(map(check_random_program, range(8))) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+def test_units_of_many_random_programs_go_without_a_trace():
+    assert sum(map(check_random_program, range(100, 300))) >= 200

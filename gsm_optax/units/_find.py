@@ -25,7 +25,7 @@ def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
     walk = _settled_walk(program, shapes)
     paths = leaf_names(like)
     families = _families(walk, shapes, paths)
-    families = check_by_tracing(walk, families, fn, like, inputs)
+    families = check_by_tracing(walk, families, fn, like, inputs, program)
     pinned = _pinned(walk, families, shapes, paths)
     if not families:
         raise ValueError(_no_family(pinned))

@@ -74,8 +74,7 @@ def walk_program(
         _pin(walk, value, "input")
     for value in (*leaves, *inputs):
         walk.see(value)
-    consts = [walk.constant(const) for const in program.consts]
-    for value in walk.run(jaxpr, consts, [*leaves, *inputs]):
+    for value in walk.run(program, [*leaves, *inputs]):
         _pin(walk, value, "output")
     return walk
 

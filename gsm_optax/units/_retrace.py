@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gsm_optax.units._program import leaf_nodes, walk_program
+from gsm_optax.units._compare import is_same_program
+from gsm_optax.units._program import leaf_nodes
 from gsm_optax.units._units import Family
-from gsm_optax.units._walk import Step, Walk
+from gsm_optax.units._walk import Walk
 
 SAME, DIFFERS, RAISES = "same", "differs", "raises"
 
@@ -27,6 +28,7 @@ def check_by_tracing(
     fn: Callable[..., Any],
     like: Any,
     inputs: tuple[Any, ...],
+    program: Any,
 ) -> tuple[Family, ...]:
     """Families without those of whose size the network knows.
 
@@ -41,7 +43,7 @@ def check_by_tracing(
         if failures >= MOST_FAILURES:
             return RAISES
         chosen = [families[i] for i in group]
-        outcome = _attempt(walk, chosen, fn, like, inputs)
+        outcome = _attempt(walk, chosen, fn, like, inputs, program)
         failures += outcome == RAISES
         return outcome
 
@@ -95,48 +97,44 @@ def _attempt(
     fn: Callable[..., Any],
     like: Any,
     inputs: tuple[Any, ...],
+    program: Any,
 ) -> str:
-    """What comes of a trace with different numbers of units less in each family."""
+    """What comes of tracing fn with some units of these families less.
+
+    Twice, with few and with most of them gone: half of a width is rounded.
+    """
+    few = [1 + i % 2 for i in range(len(families))]
+    most = [max(family.size - 2 - i % 2, 2) for i, family in enumerate(families)]
+    for numbers in few, most:
+        small, is_kept = _without(walk, families, numbers, like)
+        try:
+            other = jax.make_jaxpr(fn)(small, *inputs)
+        except Exception:
+            return RAISES
+        if not is_same_program(program, other, walk.nodes, is_kept):
+            return DIFFERS
+    return SAME
+
+
+def _without(
+    walk: Walk, families: list[Family], numbers: list[int], like: Any
+) -> tuple[Any, np.ndarray]:
+    """Parameters' shapes without so many units of each, and which nodes are left."""
     leaves, treedef = jax.tree.flatten(like)
     kept = [[np.ones(size, bool) for size in leaf.shape] for leaf in leaves]
-    gone = np.zeros(walk.ties.size, bool)
-    for number, family in enumerate(families):
-        fewer = min(1 + number % 3, family.size - 1)
+    for number, family in zip(numbers, families, strict=True):
         for part in family.slices:
-            kept[part.leaf][part.axis][part.indices[:fewer]] = False
+            gone = part.indices[: min(number, family.size - 1)]
+            kept[part.leaf][part.axis][gone] = False
     flat = np.concatenate([np.zeros(0, bool), *(k for ks in kept for k in ks)])
+    gone = np.zeros(walk.ties.size, bool)
     gone[walk.ties.classes(np.flatnonzero(~flat))] = True
-    is_kept = ~gone[walk.ties.classes(np.arange(walk.ties.size))]
     small = [
         jax.ShapeDtypeStruct([k.sum() for k in keep], leaf.dtype)
         for leaf, keep in zip(leaves, kept, strict=True)
     ]
-    try:
-        program = jax.make_jaxpr(fn)(jax.tree.unflatten(treedef, small), *inputs)
-    except Exception:
-        return RAISES
-    zeros = [[np.zeros(size) for size in leaf.shape] for leaf in small]
-    steps = walk_program(program, zeros, walk.choices).steps
-    same = len(steps) == len(walk.steps) and all(
-        _is_same(one, other, is_kept)
-        for one, other in zip(walk.steps, steps, strict=True)
-    )
-    return SAME if same else DIFFERS
-
-
-def _is_same(large: Step, small: Step, is_kept: np.ndarray) -> bool:
-    """Whether a step of the smaller network is that of the larger without some."""
-    if (large.const is None) != (small.const is None):
-        return False
-    if [is_kept[ids].sum() for ids in large.outs] != list(map(len, small.outs)):
-        return False
-    if large.const is not None:
-        kept = large.const[np.ix_(*(is_kept[ids] for ids in large.outs))]
-        return kept.dtype == small.const.dtype and (
-            kept.tobytes() == np.ascontiguousarray(small.const).tobytes()
-        )
-    starts = [is_kept[ids[:start]].sum() for ids, start in large.starts]
-    return large.what == small.what and starts == [start for _, start in small.starts]
+    is_kept = ~gone[walk.ties.classes(np.arange(walk.ties.size))]
+    return jax.tree.unflatten(treedef, small), is_kept
 
 
 def _ids(family: Family, like: Any) -> np.ndarray:

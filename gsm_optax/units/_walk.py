@@ -1,7 +1,6 @@
 """A walk through a program, equation by equation, that follows its axes."""
 
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +8,6 @@ import numpy as np
 
 from gsm_optax.units._axes import Axis, Ties, Value, same_number, slab_values
 from gsm_optax.units._rules import apply_rule
-
-# Parameters of primitives that follow from the shapes of the results.
-_SHAPES = {
-    *("shape", "new_sizes", "sizes", "slice_sizes", "feature_group_count"),
-    *("start_indices", "limit_indices", "sharding", "out_sharding"),
-}
-
-
-class Step(NamedTuple):
-    """An equation as the walk met it, to be compared with that of a smaller network."""
-
-    what: Any  # primitive, operands by number, parameters: the same in both
-    outs: list[np.ndarray]  # nodes along each axis of the results
-    starts: list[tuple[np.ndarray, int]]  # of a slice: nodes before it
-    const: Any = None
-
 
 class Walk:
     """Ties what the equations tie, and notes what a contraction adds up.
@@ -40,9 +23,9 @@ class Walk:
         self.open: dict[Any, list[np.ndarray]] = {}  # reshapes to be decided
         self.sums: list[tuple[str, np.ndarray]] = []  # nodes that add something
         self.products: list[tuple[str, np.ndarray]] = []  # of a product of two activations
-        self.steps: list[Step] = []
         self.seen: dict[bytes, np.ndarray] = {}  # nodes along each different axis
-        self._place: tuple[int, ...] = ()
+        self.nodes: dict[Any, Any] = {}  # those of the arrays at each place
+        self._place: tuple[Any, ...] = ()
 
     # What rules use
 
@@ -111,15 +94,17 @@ class Walk:
     ) -> list[Value]:
         """The results of a program inside of the equation."""
         place, self._place = self._place, (*self._place, branch)
-        consts = [self.constant(const) for const in getattr(program, "consts", ())]
-        outs = self.run(getattr(program, "jaxpr", program), consts, args)
+        outs = self.run(program, args)
         self._place = place
         return outs
 
     # The walk itself
 
-    def constant(self, array: Any) -> Value:
-        """A constant: an axis along which it is not the same everywhere is pinned."""
+    def constant(self, array: Any, *name: Any) -> Value:
+        """A constant: an axis along which it is not the same everywhere is pinned.
+
+        Its name tells it from others at this place.
+        """
         if jnp.issubdtype(jnp.result_type(array), jax.dtypes.extended):
             axes = self.new_axes(array.shape)
             for axis in axes:
@@ -134,31 +119,37 @@ class Walk:
         for i, axis in enumerate(axes):
             if array.size and (array != array.take([0], i)).any():
                 self.ties.pin(axis["id"], "constant")
-        ids = [axis["id"] for axis in axes]
-        self.steps.append(Step("constant", ids, [], array))
+        self.nodes[*self._place, *name] = [_ids(axes)]
         number = float(same_number(list(values[0]))) if array.size else np.nan
         return Value(axes, number, is_weight=True)
 
-    def run(self, jaxpr: Any, consts: list[Value], args: list[Value]) -> list[Value]:
-        """The results of a program, from its operands."""
+    def run(self, program: Any, args: list[Value]) -> list[Value]:
+        """The results of a program, from its operands; closed over constants or not."""
+        consts = [
+            self.constant(const, "constant", i)
+            for i, const in enumerate(getattr(program, "consts", ()))
+        ]
+        jaxpr = getattr(program, "jaxpr", program)
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         known = dict(zip(inputs, [*consts, *args], strict=True))
-        numbers = {var: i for i, var in enumerate(inputs)}
 
-        def read(atom: Any) -> Value:
-            return self.constant(atom.val) if hasattr(atom, "val") else known[atom]
+        def read(i: int, atom: Any) -> Value:
+            is_literal = hasattr(atom, "val")
+            return self.constant(atom.val, "operand", i) if is_literal else known[atom]
 
         place = self._place
         for i, eqn in enumerate(jaxpr.eqns):
             self._place = (*place, i)
-            operands = [read(atom) for atom in eqn.invars]
+            operands = [read(j, atom) for j, atom in enumerate(eqn.invars)]
             outs = apply_rule(self, eqn, operands)
-            self._note(eqn, numbers, operands, outs)
-            for var, value in zip(eqn.outvars, outs, strict=True):
-                known[var] = value
-                numbers[var] = len(numbers)
+            for value in outs:
+                self.see(value)
+            self.nodes[self._place] = [_ids(value.axes) for value in outs]
+            if eqn.primitive.name == "slice":
+                self.nodes[*self._place, "cut"] = _ids(operands[0].axes)
+            known.update(zip(eqn.outvars, outs, strict=True))
         self._place = place
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(i, atom) for i, atom in enumerate(jaxpr.outvars)]
 
     def see(self, value: Value) -> None:
         """Remember the axes of an array; one of size 1 cannot lose its index."""
@@ -168,40 +159,6 @@ class Walk:
             if len(ids) == 1:
                 self.ties.pin(ids, "size 1")
 
-    def _note(self, eqn: Any, numbers: Any, args: Any, outs: list[Value]) -> None:
-        for value in outs:
-            self.see(value)
-        operands = tuple(
-            _bits(atom.val) if hasattr(atom, "val") else numbers[atom]
-            for atom in eqn.invars
-        )
-        what = (eqn.primitive.name, operands, _plain_params(eqn.params))
-        nodes = [axis["id"] for value in outs for axis in value.axes]
-        starts = [
-            (axis["id"], start)
-            for axis, start in zip(
-                args[0].axes if args else (), eqn.params.get("start_indices", ())
-            )
-        ]
-        self.steps.append(Step(what, nodes, starts))
 
-
-def _bits(literal: Any) -> Any:
-    """A literal, to be compared exactly; arrays are compared as constants are."""
-    return None if np.ndim(literal) else np.asarray(literal).tobytes()
-
-
-def _plain_params(params: dict[str, Any]) -> str:
-    """Parameters without shapes, and without programs and functions."""
-    plain = {
-        name: value
-        for name, value in params.items()
-        if name not in _SHAPES and not _holds_program(value)
-    }
-    return re.sub(" at 0x[0-9a-f]+", "", repr(plain))
-
-
-def _holds_program(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_holds_program, value))
-    return callable(value) or hasattr(value, "eqns") or hasattr(value, "jaxpr")
+def _ids(axes: tuple[Axis, ...]) -> list[np.ndarray]:
+    return [axis["id"] for axis in axes]
