@@ -27,6 +27,8 @@ def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
     families = _families(walk, shapes, paths)
     families = check_by_tracing(walk, families, fn, like, inputs, program)
     pinned = _pinned(walk, families, shapes, paths)
+    if all(reason == "not used" for *_, reason in pinned):
+        raise ValueError("fn(params, *inputs) uses none of the parameters.")
     if not families:
         raise ValueError(_no_family(pinned))
     return Units(families, pinned, like, fn, inputs, program, walk.choices)

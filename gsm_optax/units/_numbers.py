@@ -11,7 +11,6 @@ from gsm_optax.units._axes import same_number
 _erf = np.vectorize(math.erf, otypes=[float])
 
 
-
 # What each makes of numbers; None where that is not followed.
 _NUMBERS: dict[str, Any] = {
     "abs": np.abs,

@@ -517,7 +517,8 @@ def _call(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
 def _cond(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     _, *args = args
     results = [
-        walk.enter(eqn, branch, args, i) for i, branch in enumerate(eqn.params["branches"])
+        walk.enter(eqn, branch, args, i)
+        for i, branch in enumerate(eqn.params["branches"])
     ]
     return [_join_values(walk, outs) for outs in zip(*results, strict=True)]
 
@@ -557,5 +558,7 @@ def _same_knowledge(one: Value, other: Value) -> bool:
     return (
         one.is_weight == other.is_weight
         and np.array_equal(one.number, other.number, equal_nan=True)
-        and all(np.array_equal(a["value"], b["value"], equal_nan=True) for a, b in pairs)
+        and all(
+            np.array_equal(a["value"], b["value"], equal_nan=True) for a, b in pairs
+        )
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -147,9 +148,7 @@ class Units:
                 f"were found in:\n  tree  {structure}\n  units {treedef}\nFind the units "
                 "of this network with find_units(fn, params, *inputs)."
             )
-        for name, leaf, own in zip(
-            leaf_names(self.like), leaves, wanted, strict=True
-        ):
+        for name, leaf, own in zip(leaf_names(self.like), leaves, wanted, strict=True):
             if jnp.shape(leaf) != own.shape:
                 raise ValueError(
                     f"{name} has shape {list(jnp.shape(leaf))}, but {list(own.shape)} "
@@ -184,10 +183,7 @@ def _sum_family(family: Family, leaves: list[Any]) -> jax.Array:
     parts = []
     for i, slices in enumerate(family.slices):
         leaf = jnp.asarray(leaves[slices.leaf])
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        else:
-            leaf = leaf.astype(jnp.int32)
+        leaf = leaf.astype(_sum_dtype(leaf.dtype))
         own = _along(slices.units_along(), slices.axis, leaf.ndim)
         for other in family.slices[:i]:
             if other.leaf == slices.leaf:  # counted there already
@@ -195,11 +191,14 @@ def _sum_family(family: Family, leaves: list[Any]) -> jax.Array:
                 leaf = jnp.where(again, jnp.zeros((), leaf.dtype), leaf)
         others = [axis for axis in range(leaf.ndim) if axis != slices.axis]
         parts.append(leaf.sum(others)[slices.indices].sum(1))
-    total, *rest = parts
-    for part in rest:
-        dtype = jnp.promote_types(total.dtype, part.dtype)
-        total = total.astype(dtype) + part.astype(dtype)
-    return total
+    dtype = reduce(np.promote_types, [part.dtype for part in parts])
+    return reduce(jnp.add, [part.astype(dtype) for part in parts])
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.int32
+    return dtype if dtype.itemsize >= 4 else jnp.float32
 
 
 def unit_entries(slices: Sequence[Slices], shapes: Sequence[Any]) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from gsm_optax.units._axes import Axis, Ties, Value, same_number, slab_values
 from gsm_optax.units._rules import apply_rule
 
+
 class Walk:
     """Ties what the equations tie, and notes what a contraction adds up.
 
@@ -22,7 +23,9 @@ class Walk:
         self.choices = choices
         self.open: dict[Any, list[np.ndarray]] = {}  # reshapes to be decided
         self.sums: list[tuple[str, np.ndarray]] = []  # nodes that add something
-        self.products: list[tuple[str, np.ndarray]] = []  # of a product of two activations
+        self.products: list[
+            tuple[str, np.ndarray]
+        ] = []  # of a product of two activations
         self.seen: dict[bytes, np.ndarray] = {}  # nodes along each different axis
         self.nodes: dict[Any, Any] = {}  # those of the arrays at each place
         self._place: tuple[Any, ...] = ()
