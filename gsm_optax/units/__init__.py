@@ -12,3 +12,5 @@ from gsm_optax.units._units import (
     Slices as Slices,
     Units as Units,
 )
+from gsm_optax.units._plan import FamilyPlan as FamilyPlan, Plan as Plan
+from gsm_optax.units._shrink import shrink as shrink

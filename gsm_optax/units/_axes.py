@@ -23,6 +23,8 @@ class Value(NamedTuple):
     axes: tuple[Axis, ...]
     number: float = np.nan  # what all its entries are equal to
     is_weight: bool = False  # made of parameters and constants only
+    leaf: int | None = None  # the leaf whose entries these are, perhaps moved
+    folds: Any = None  # of a sum that a bias is still to be added to
 
 
 class Ties:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax.units._axes import Value
+from gsm_optax.units._units import Family
 from gsm_optax.units._walk import Walk
 
 
@@ -47,7 +48,10 @@ def leaf_nodes(shapes: list[Any]) -> Nodes:
 
 
 def walk_program(
-    program: Any, values: list[list[Any]], choices: dict[Any, int]
+    program: Any,
+    values: list[list[Any]],
+    choices: dict[Any, int],
+    numbers: list[float] | None = None,
 ) -> Walk:
     """Walk through a traced program.
 
@@ -55,14 +59,17 @@ def walk_program(
         program: closed jaxpr, whose first inputs are the leaves of the parameters.
         values: for each leaf and each of its axes, what the slices there are equal to.
         choices: of `Walk`.
+        numbers: for each leaf what all its entries are equal to; NaN if they are not.
     """
     walk = Walk(choices)
     jaxpr = program.jaxpr
     avals = [var.aval for var in jaxpr.invars]
     leaves = []
-    for aval, known in zip(avals[: len(values)], values, strict=True):
-        axes = tuple(map(walk.new, aval.shape, known))
-        leaves.append(Value(axes, is_weight=True))
+    numbers = numbers or [np.nan] * len(values)
+    for i, (known, number) in enumerate(zip(values, numbers, strict=True)):
+        axes = tuple(map(walk.new, avals[i].shape, known))
+        leaves.append(Value(axes, number, is_weight=True, leaf=i))
+    walk.leaf_nodes = walk.ties.size
     used = {var for eqn in jaxpr.eqns for var in eqn.invars if not hasattr(var, "val")}
     used.update(var for var in jaxpr.outvars if not hasattr(var, "val"))
     for var, value in zip(jaxpr.invars, leaves, strict=False):
@@ -74,11 +81,20 @@ def walk_program(
         _pin(walk, value, "input")
     for value in (*leaves, *inputs):
         walk.see(value)
-    for value in walk.run(program, [*leaves, *inputs]):
+    outs = walk.run(program, [*leaves, *inputs])
+    for value in outs:
         _pin(walk, value, "output")
+    walk.finish(outs)
     return walk
 
 
 def _pin(walk: Walk, value: Value, reason: str) -> None:
     for axis in value.axes if reason else ():
         walk.ties.pin(axis["id"], reason)
+
+
+def unit_nodes(family: Family, nodes: Nodes) -> np.ndarray:
+    """A node of each unit of a family."""
+    part = family.slices[0]
+    first = np.flatnonzero((nodes.leaf == part.leaf) & (nodes.axis == part.axis))[0]
+    return first + part.indices[:, 0]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gsm_optax.units._compare import is_same_program
-from gsm_optax.units._program import leaf_nodes
+from gsm_optax.units._program import Nodes, leaf_nodes, unit_nodes
 from gsm_optax.units._units import Family
 from gsm_optax.units._walk import Walk
 
@@ -36,6 +36,7 @@ def check_by_tracing(
     linen's modules do. Of those, the axes of a product of two activations are left out,
     as the dimensions of attention are: their size is most often in a scale, too.
     """
+    nodes = leaf_nodes([leaf.shape for leaf in jax.tree.leaves(like)])
     failures = 0
 
     def attempt(group: list[int]) -> str:
@@ -47,7 +48,7 @@ def check_by_tracing(
         failures += outcome == RAISES
         return outcome
 
-    primitives = [_multiplied(walk, family, like) for family in families]
+    primitives = [_multiplied(walk, family, nodes) for family in families]
     multiplied = [i for i, primitive in enumerate(primitives) if primitive]
     others = [i for i, primitive in enumerate(primitives) if not primitive]
     found = dict.fromkeys(range(len(families)), RAISES)
@@ -61,9 +62,9 @@ def check_by_tracing(
         if found[i] == RAISES and (primitives[i] or len(family.slices) == 1):
             found[i] = DIFFERS
             reason = f"{primitives[i]} of two activations" if primitives[i] else ONE
-            walk.ties.pin(_ids(family, like), reason)
+            walk.ties.pin(unit_nodes(family, nodes), reason)
         elif found[i] == DIFFERS:
-            walk.ties.pin(_ids(family, like), "its size, which fn uses")
+            walk.ties.pin(unit_nodes(family, nodes), "its size, which fn uses")
     return tuple(
         family._replace(is_traced=found[i] == SAME)
         for i, family in enumerate(families)
@@ -137,18 +138,9 @@ def _without(
     return jax.tree.unflatten(treedef, small), is_kept
 
 
-def _ids(family: Family, like: Any) -> np.ndarray:
-    """The nodes of a family's first slices, whose classes are all its units."""
-    shapes = [leaf.shape for leaf in jax.tree.leaves(like)]
-    part = family.slices[0]
-    nodes = leaf_nodes(shapes)
-    first = np.flatnonzero((nodes.leaf == part.leaf) & (nodes.axis == part.axis))[0]
-    return first + part.indices[:, 0]
-
-
-def _multiplied(walk: Walk, family: Family, like: Any) -> str | None:
+def _multiplied(walk: Walk, family: Family, nodes: Nodes) -> str | None:
     """The primitive that multiplies two activations with an axis of the family."""
-    own = walk.ties.classes(_ids(family, like))
+    own = walk.ties.classes(unit_nodes(family, nodes))
     for primitive, ids in walk.products:
         if np.isin(walk.ties.classes(ids), own).any():
             return primitive

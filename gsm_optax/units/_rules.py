@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gsm_optax.units._axes import Axis, Value, same_number
+from gsm_optax.units._contract import add_bias, contract
 from gsm_optax.units._numbers import elementwise_number, is_elementwise
 
 RULES: dict[str, Callable[..., Any]] = {}
@@ -30,10 +31,30 @@ def apply_rule(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     """The results of an equation."""
     name = eqn.primitive.name
     function = RULES.get(name, elementwise if is_elementwise(name) else unknown)
+    if name in _NOT_ONCE:
+        walk.consume(args)
+        args = [arg._replace(leaf=None) for arg in args]
     outs = function(walk, eqn, args)
-    is_weight = all(arg.is_weight for arg in args)
     outs = [outs] if isinstance(outs, Value) else outs
+    if name not in _MOVES:
+        outs = [out._replace(leaf=None) for out in outs]
+    if name not in _CALLS and all(out.leaf is None for out in outs):
+        walk.consume(args)
+    if name not in _SUMS:
+        outs = [out._replace(folds=None) for out in outs]
+    is_weight = all(arg.is_weight for arg in args)
     return [out._replace(is_weight=is_weight) for out in outs]
+
+
+_CALLS = {
+    *("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "composite"),
+}
+_NOT_ONCE = {"scan", "cond"}  # their programs run any number of times
+_SUMS = {"dot_general", "conv_general_dilated"}
+_AS_IT_IS = {"convert_element_type", "copy", "copy_p", "stop_gradient"}
+# A leaf stays one, entry by entry, through these.
+_MOVES = _CALLS | _AS_IT_IS | {"transpose", "squeeze", "broadcast_in_dim", "reshape"}
 
 
 def unknown(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
@@ -81,6 +102,10 @@ def elementwise(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         finite = np.all(np.broadcast_arrays(*map(np.isfinite, values)), axis=0)
         walk.add(eqn, axis, finite & np.isinf(axis["value"]))  # and so to all it meets
         axes.append(axis)
+    if eqn.primitive.name in _AS_IT_IS:
+        return Value(tuple(axes), number, leaf=args[0].leaf)
+    if eqn.primitive.name == "add":
+        add_bias(walk, eqn, args)
     return Value(tuple(axes), number)
 
 
@@ -112,7 +137,7 @@ def _broadcast(walk: Any, eqn: Any, args: list[Value]) -> Value:
     for source, i in zip(value.axes, eqn.params["broadcast_dimensions"], strict=True):
         if len(source) == shape[i]:
             axes[i] = source
-    return Value(tuple(axes), value.number)
+    return Value(tuple(axes), value.number, leaf=value.leaf)
 
 
 @rule("rev")
@@ -212,7 +237,9 @@ def _reshape(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
             new = [walk.new_pinned(eqn, shape[i]) for i in targets]
         for i, axis in zip(targets, new, strict=True):
             axes[i] = axis
-    return Value(tuple(axes), value.number)
+    is_moved = all(len(old) == len(new) == 1 for old, new in _factors(before, shape))
+    leaf = value.leaf if is_moved else None
+    return Value(tuple(axes), value.number, leaf=leaf)
 
 
 def _factors(before: Any, after: Any) -> list[tuple[list[int], list[int]]]:
@@ -276,12 +303,14 @@ def _split_axis(
 def _dot_general(walk: Any, eqn: Any, args: list[Value]) -> Value:
     (left, right), dims = args, eqn.params["dimension_numbers"]
     ((left_sum, right_sum), (left_batch, right_batch)) = dims
-    for i, j in zip(left_sum, right_sum, strict=True):
-        walk.contract(eqn, left.axes[i], right.axes[j])
     if not (left.is_weight or right.is_weight):
         for value, batch in ((left, left_batch), (right, right_batch)):
             own = [axis for i, axis in enumerate(value.axes) if i not in batch]
             walk.products += [(eqn.primitive.name, axis["id"]) for axis in own]
+    pairs = [
+        (left.axes[i], right.axes[j])
+        for i, j in zip(left_sum, right_sum, strict=True)
+    ]
     axes = []
     for i, j in zip(left_batch, right_batch, strict=True):
         axis = left.axes[i].copy()
@@ -289,13 +318,17 @@ def _dot_general(walk: Any, eqn: Any, args: list[Value]) -> Value:
         either = (axis["value"] == 0) | (right.axes[j]["value"] == 0)
         axis["value"] = np.where(either, 0.0, np.nan)
         axes.append(axis)
-    for value, gone in (
-        (left, {*left_sum, *left_batch}),
-        (right, {*right_sum, *right_batch}),
-    ):
-        free = [axis for i, axis in enumerate(value.axes) if i not in gone]
-        axes += [_known_values(axis, keep=False) for axis in free]
-    return Value(tuple(axes), _product(left.number, right.number))
+    free = [
+        [axis for i, axis in enumerate(value.axes) if i not in gone]
+        for value, gone in (
+            (left, {*left_sum, *left_batch}),
+            (right, {*right_sum, *right_batch}),
+        )
+    ]
+    axes += [_known_values(axis, keep=False) for own in free for axis in own]
+    folds = contract(walk, eqn, args, pairs, free, is_uniform=not left_batch)
+    number = _product(left.number, right.number)
+    return Value(tuple(axes), number, folds=folds)
 
 
 @rule("conv_general_dilated")
@@ -307,16 +340,20 @@ def _conv(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
     batch, features, *space = (left.axes[i] for i in dims.lhs_spec)
     makes, reads, *window = (kernel.axes[i] for i in dims.rhs_spec)
     walk.pin(eqn, *space, *window)
-    if groups == 1:
-        walk.contract(eqn, features, reads)
-    else:
-        _tie_groups(walk, eqn, groups, features, makes)
-        walk.pin(eqn, reads)
     shape = eqn.outvars[0].aval.shape
     axes = [walk.new_pinned(eqn, size) for size in shape]
     axes[dims.out_spec[0]] = _known_values(batch, keep=False)
     axes[dims.out_spec[1]] = _grouped_zeros(groups, features, makes)
-    return Value(tuple(axes), _product(left.number, kernel.number))
+    folds = None
+    if groups == 1:
+        # Under a padding of zeros a constant is a map, not a number.
+        is_uniform = not np.any(eqn.params["padding"])
+        is_uniform &= set(eqn.params["lhs_dilation"]) <= {1}
+        folds = contract(walk, eqn, args, [(features, reads)], [[], [makes]], is_uniform)
+    else:
+        _tie_groups(walk, eqn, groups, features, makes)
+        walk.pin(eqn, reads)
+    return Value(tuple(axes), _product(left.number, kernel.number), folds=folds)
 
 
 def _tie_groups(walk: Any, eqn: Any, groups: int, features: Axis, makes: Axis) -> None:
@@ -503,10 +540,7 @@ def _dynamic_update_slice(walk: Any, eqn: Any, args: list[Value]) -> Value:
 # Programs inside
 
 
-@rule(
-    *("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "composite"),
-)
+@rule(*_CALLS)
 def _call(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next(eqn.params[name] for name in names if name in eqn.params)

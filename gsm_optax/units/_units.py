@@ -134,6 +134,19 @@ class Units:
             [jnp.broadcast_to(m, x.shape) for m, x in zip(masks, leaves, strict=True)],
         )
 
+    def kept_indices(self, gone: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """For each axis of each leaf the indices that stay when units go.
+
+        Args:
+            gone: one array of bools a family, of shape [size].
+        """
+        leaves = jax.tree.leaves(self.like)
+        kept = [[np.ones(size, bool) for size in leaf.shape] for leaf in leaves]
+        for family, marks in zip(self.families, gone, strict=True):
+            for part in family.slices:
+                kept[part.leaf][part.axis][part.indices[marks]] = False
+        return [[np.flatnonzero(keep) for keep in keeps] for keeps in kept]
+
     def leaves_of(self, tree: Any) -> list[Any]:
         """Return the leaves of a tree like the parameters.
 

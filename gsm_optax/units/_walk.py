@@ -1,5 +1,6 @@
 """A walk through a program, equation by equation, that follows its axes."""
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax.units._axes import Axis, Ties, Value, same_number, slab_values
+from gsm_optax.units._contract import Fold
 from gsm_optax.units._rules import apply_rule
 
 
@@ -26,9 +28,14 @@ class Walk:
         self.products: list[
             tuple[str, np.ndarray]
         ] = []  # of a product of two activations
+        self.varying: list[np.ndarray] = []  # those that add more than a constant
+        self.folds: list[Fold] = []  # sums with constants that a bias could add
+        self.leaf_nodes = 0  # the first ones are those of the leaves
+        self.users: dict[int, set[Any]] = {}  # places where each leaf is used
+        self.uses: Counter[Any] = Counter()  # of variables, in the present program
         self.seen: dict[bytes, np.ndarray] = {}  # nodes along each different axis
         self.nodes: dict[Any, Any] = {}  # those of the arrays at each place
-        self._place: tuple[Any, ...] = ()
+        self.place: tuple[Any, ...] = ()
 
     # What rules use
 
@@ -64,22 +71,31 @@ class Walk:
         joined["value"] = same_number([axis["value"] for axis in axes])
         return joined
 
-    def contract(self, eqn: Any, one: Axis, other: Axis) -> None:
-        """Sum over two axes: an index adds nothing where either is zero."""
-        self.tie(one, other)
-        silent = (one["value"] == 0) | (other["value"] == 0)
-        self.add(eqn, one, ~silent)
+    def consume(self, args: list[Value]) -> None:
+        """Note that the entries of leaves are used here."""
+        for arg in args:
+            if arg.leaf is not None:
+                self.users.setdefault(arg.leaf, set()).add(self.place)
 
     def add(self, eqn: Any, axis: Axis, there: np.ndarray) -> None:
         """Note that these indices of an axis add something."""
         self.sums.append((eqn.primitive.name, axis["id"][there]))
+
+    def is_of_leaf(self, axis: Axis) -> bool:
+        """Whether an axis is that of a leaf, index by index; if it is a moved one."""
+        return bool((axis["id"] < self.leaf_nodes).all())
+
+    def is_leaf(self, value: Value) -> bool:
+        """Whether an array has the entries of a leaf, each once."""
+        longer = [axis for axis in value.axes if len(axis) > 1]
+        return value.leaf is not None and all(map(self.is_of_leaf, longer))
 
     def choose(self, eqn: Any, group: int, axes: list[Axis]) -> int | None:
         """Which of the axes is followed through a reshape; None if that is open.
 
         The others are pinned, so a single one that can still lose an index is taken.
         """
-        key = (*self._place, group)
+        key = (*self.place, group)
         if key in self.choices:
             return self.choices[key]
         live = self.live([axis["id"] for axis in axes])
@@ -96,9 +112,9 @@ class Walk:
         self, eqn: Any, program: Any, args: list[Value], branch: int = 0
     ) -> list[Value]:
         """The results of a program inside of the equation."""
-        place, self._place = self._place, (*self._place, branch)
+        place, self.place = self.place, (*self.place, branch)
         outs = self.run(program, args)
-        self._place = place
+        self.place = place
         return outs
 
     # The walk itself
@@ -122,7 +138,7 @@ class Walk:
         for i, axis in enumerate(axes):
             if array.size and (array != array.take([0], i)).any():
                 self.ties.pin(axis["id"], "constant")
-        self.nodes[*self._place, *name] = [_ids(axes)]
+        self.nodes[*self.place, *name] = [_ids(axes)]
         number = float(same_number(list(values[0]))) if array.size else np.nan
         return Value(axes, number, is_weight=True)
 
@@ -133,6 +149,8 @@ class Walk:
             for i, const in enumerate(getattr(program, "consts", ()))
         ]
         jaxpr = getattr(program, "jaxpr", program)
+        atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + jaxpr.outvars
+        outside, self.uses = self.uses, Counter(a for a in atoms if not hasattr(a, "val"))
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         known = dict(zip(inputs, [*consts, *args], strict=True))
 
@@ -140,19 +158,31 @@ class Walk:
             is_literal = hasattr(atom, "val")
             return self.constant(atom.val, "operand", i) if is_literal else known[atom]
 
-        place = self._place
+        place = self.place
         for i, eqn in enumerate(jaxpr.eqns):
-            self._place = (*place, i)
+            self.place = (*place, i)
             operands = [read(j, atom) for j, atom in enumerate(eqn.invars)]
             outs = apply_rule(self, eqn, operands)
             for value in outs:
                 self.see(value)
-            self.nodes[self._place] = [_ids(value.axes) for value in outs]
+            self.nodes[self.place] = [_ids(value.axes) for value in outs]
             if eqn.primitive.name == "slice":
-                self.nodes[*self._place, "cut"] = _ids(operands[0].axes)
+                self.nodes[*self.place, "cut"] = _ids(operands[0].axes)
             known.update(zip(eqn.outvars, outs, strict=True))
-        self._place = place
+        self.place, self.uses = place, outside
         return [read(i, atom) for i, atom in enumerate(jaxpr.outvars)]
+
+    def finish(self, outs: list[Value]) -> None:
+        """End the walk: constants that no bias can take on add something.
+
+        A bias must be the sum's own: what else uses it would get the constant, too.
+        """
+        self.consume(outs)
+        is_own = lambda fold: fold.bias and len(self.users[fold.bias.leaf]) == 1
+        for fold in self.folds:
+            if not is_own(fold):
+                self.sums.append((fold.name, fold.constant))
+        self.folds = list(filter(is_own, self.folds))
 
     def see(self, value: Value) -> None:
         """Remember the axes of an array; one of size 1 cannot lose its index."""

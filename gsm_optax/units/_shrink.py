@@ -1,0 +1,106 @@
+"""Remove the units of a pruned network that add nothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_optax._checks import check_count
+from gsm_optax.units._axes import slab_values
+from gsm_optax.units._fold import fold_constants
+from gsm_optax.units._plan import FamilyPlan, Plan, check_plan
+from gsm_optax.units._program import leaf_nodes, unit_nodes, walk_program
+from gsm_optax.units._units import Units
+
+Marks = list[np.ndarray]  # bool[units] of each family
+
+
+def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
+    """Remove units that add nothing."""
+    round_to = check_count("round_to", round_to, 1, "sizes become multiples of it")
+    leaves = units.leaves_of(params)
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    held = [np.zeros(family.size, bool) for family in units.families]
+    while True:
+        folded, gone, constant = _dead_units(arrays, units, held)
+        more = [_to_hold(marks, round_to) for marks in gone]
+        if not any(map(np.any, more)):
+            break
+        held = [a | b for a, b in zip(held, more, strict=True)]
+    plans = tuple(
+        FamilyPlan(family, np.flatnonzero(~marks), int(kept.sum()), int(emits.sum()))
+        for family, marks, kept, emits in zip(
+            units.families, gone, held, constant, strict=True
+        )
+    )
+    new = [
+        leaf if one is other else jnp.asarray(other, leaf.dtype)
+        for leaf, one, other in zip(leaves, arrays, folded, strict=True)
+    ]
+    treedef = jax.tree.structure(params)
+    plan = Plan(plans, units)
+    return check_plan(plan, params, jax.tree.unflatten(treedef, new)), plan
+
+
+def _dead_units(
+    arrays: list[np.ndarray], units: Units, held: Marks
+) -> tuple[list[np.ndarray], Marks, Marks]:
+    """Units that add nothing to any sum, and those that only ever add a constant.
+
+    When some go, others may have lost all that they were made of, or all that read
+    them: so again, until no more go.
+
+    Returns:
+        The leaves, whose biases add the constants of units that go; which units go;
+        and which stay though they add constants only.
+    """
+    arrays = list(arrays)
+    nodes = leaf_nodes([array.shape for array in arrays])
+    owned = [unit_nodes(family, nodes) for family in units.families]
+    gone = [np.zeros_like(marks) for marks in held]
+    while True:
+        values, numbers = _known(arrays, units, gone)
+        walk = walk_program(units.program, values, units.choices, numbers)
+        roots = walk.ties.classes(np.arange(walk.ties.size))
+        of_units = lambda ids: [np.isin(roots[own], roots[ids]) for own in owned]
+        alive = of_units(np.concatenate([ids for _, ids in walk.sums]))
+        more = [~(a | h | g) for a, h, g in zip(alive, held, gone, strict=True)]
+        if not any(map(np.any, more)):
+            break
+        nodes_of = lambda marks: np.isin(
+            roots, roots[np.concatenate([o[m] for o, m in zip(owned, marks)])]
+        )
+        for fold in walk.folds:
+            fold_constants(arrays, nodes, fold, nodes_of(more), nodes_of(gone))
+        gone = [a | b for a, b in zip(gone, more, strict=True)]
+    varying = of_units(np.concatenate(walk.varying))
+    return arrays, gone, [a & ~v for a, v in zip(alive, varying, strict=True)]
+
+
+def _known(
+    arrays: list[np.ndarray], units: Units, gone: Marks
+) -> tuple[list[list[np.ndarray]], list[float]]:
+    """What is known of the leaves' slices, where those of gone units are not there."""
+    kept = units.kept_indices(gone)
+    values, numbers = [], []
+    for array, keep in zip(arrays, kept, strict=True):
+        rest = array[np.ix_(*keep)] if keep else array
+        slabs = []
+        for size, indices, known in zip(array.shape, keep, slab_values(rest)):
+            slab = np.zeros(size)
+            slab[indices] = known
+            slabs.append(slab)
+        values.append(slabs)
+        is_number = rest.size and (rest == rest.flat[0]).all() and np.isrealobj(rest)
+        numbers.append(float(rest.flat[0]) if is_number else np.nan)
+    return values, numbers
+
+
+def _to_hold(dead: np.ndarray, round_to: int) -> np.ndarray:
+    """Dead units that stay, so that one does, and a multiple of `round_to` do."""
+    left = len(dead) - dead.sum()
+    wanted = min(-(-max(left, 1) // round_to) * round_to, len(dead))
+    hold = np.zeros_like(dead)
+    hold[np.flatnonzero(dead)[: wanted - left]] = True
+    return hold
