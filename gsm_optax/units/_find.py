@@ -134,8 +134,10 @@ def _no_family(pinned: tuple[Pinned, ...]) -> str:
     lines = [f"  {path}[{axis}] by {reason}" for path, axis, _, reason in pinned[:8]]
     more = ["  ..."] if len(pinned) > 8 else []
     return "\n".join(
-        ["this network has no units that could be removed. Its axes are pinned:"]
-        + lines
-        + more
-        + ["A hidden layer between two of its kernels would be a family."]
+        [
+            "this network has no units that could be removed. Its axes are pinned:",
+            *lines,
+            *more,
+            "A hidden layer between two kernels would be a family.",
+        ]
     )

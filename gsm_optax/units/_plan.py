@@ -134,7 +134,7 @@ class Plan:
         for name, pair in self.shapes.items():
             shapes.append([name, *("x".join(map(str, shape)) for shape in pair)])
         before, after = self._entries()
-        total = f"{before:,} entries, {after:,} of them stay ({after / before:.1%})"
+        total = f"{after:,} of {before:,} entries stay ({after / before:.1%})"
         return f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
 
     def _why(self) -> str:
@@ -151,20 +151,23 @@ class Plan:
 def _ending(path: tuple[str, ...], wanted: dict[tuple[str, ...], Any]) -> Any:
     """The parameter whose path this path ends with, the longest one."""
     endings = (path[i:] for i in range(len(path) + 1))
-    return next((wanted[ending] for ending in endings if ending in wanted), None)
+    return next(((e, *wanted[e]) for e in endings if e in wanted), None)
 
 
 def _take(name: str, leaf: Any, own: Any) -> Any:
-    if own is None or all(len(k) == n for n, k in zip(*own, strict=True)):
+    if own is None:
         return leaf
-    shape, keep = own
+    path, shape, keep = own
+    if shape == tuple(map(len, keep)):
+        return leaf
     if jnp.shape(leaf) != shape:
-        if jnp.size(leaf) <= 1:  # a step, or a placeholder
+        # A placeholder; or all paths end with that of a single array, which is empty.
+        if jnp.size(leaf) <= 1 or not path:
             return leaf
         raise ValueError(
-            f"{name} has shape {list(jnp.shape(leaf))}, but the parameter that it stands "
-            f"for has {list(shape)}: it cannot be told what belongs to a unit. Begin "
-            "with a new state of the optimizer, tx.init(small)."
+            f"{name} has shape {list(jnp.shape(leaf))}, but the parameter that it "
+            f"stands for has {list(shape)}: it cannot be told what belongs to a unit. "
+            "Begin with a new state of the optimizer, tx.init(small)."
         )
     for axis, indices in enumerate(keep):
         if len(indices) < shape[axis]:
@@ -195,8 +198,8 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
     if difference:
         families = ", ".join(str(changed.family) for changed in plan._changed)
         raise ValueError(
-            f"without units of {families} the network gives other outputs: {difference}. "
-            "That must not be; please report it with the network."
+            f"without units of {families} the network gives other outputs: "
+            f"{difference}. That must not be; please report it with the network."
         )
     try:
         jax.eval_shape(units.fn, small, *inputs)
@@ -217,7 +220,7 @@ def _zeroed(plan: Plan, folded: Any) -> Any:
 
 
 def _concrete(inputs: Any) -> Any:
-    """The inputs, with random numbers where only shapes were given; zeros of integers."""
+    """The inputs, or where only shapes were given random numbers and integers 0."""
 
     def make(x: Any) -> Any:
         if not isinstance(x, jax.ShapeDtypeStruct):

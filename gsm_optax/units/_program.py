@@ -22,9 +22,9 @@ def trace(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Any:
         return jax.make_jaxpr(fn)(params, *inputs)
     except Exception as error:
         raise ValueError(
-            f"fn(params, *inputs) cannot be traced: {error}\nGive a function that takes "
-            "the parameters first and then the inputs, as in find_units(lambda params, "
-            "x: model.apply(params, x), params, x)."
+            f"fn(params, *inputs) cannot be traced: {error}\nGive a function that "
+            "takes the parameters first and then the inputs, as in find_units(lambda "
+            "params, x: model.apply(params, x), params, x)."
         ) from error
 
 

@@ -308,8 +308,7 @@ def _dot_general(walk: Any, eqn: Any, args: list[Value]) -> Value:
             own = [axis for i, axis in enumerate(value.axes) if i not in batch]
             walk.products += [(eqn.primitive.name, axis["id"]) for axis in own]
     pairs = [
-        (left.axes[i], right.axes[j])
-        for i, j in zip(left_sum, right_sum, strict=True)
+        (left.axes[i], right.axes[j]) for i, j in zip(left_sum, right_sum, strict=True)
     ]
     axes = []
     for i, j in zip(left_batch, right_batch, strict=True):
@@ -349,7 +348,9 @@ def _conv(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         # Under a padding of zeros a constant is a map, not a number.
         is_uniform = not np.any(eqn.params["padding"])
         is_uniform &= set(eqn.params["lhs_dilation"]) <= {1}
-        folds = contract(walk, eqn, args, [(features, reads)], [[], [makes]], is_uniform)
+        folds = contract(
+            walk, eqn, args, [(features, reads)], [[], [makes]], is_uniform
+        )
     else:
         _tie_groups(walk, eqn, groups, features, makes)
         walk.pin(eqn, reads)
@@ -418,7 +419,9 @@ def _sort(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     along = eqn.params["dimension"]
     for arg in args:
         walk.pin(eqn, arg.axes[along])
-    axes = [walk.join(column) for column in zip(*(arg.axes for arg in args))]
+    axes = [
+        walk.join(column) for column in zip(*(arg.axes for arg in args), strict=True)
+    ]
     return [
         Value(
             tuple(

@@ -63,19 +63,30 @@ def _dead_units(
         values, numbers = _known(arrays, units, gone)
         walk = walk_program(units.program, values, units.choices, numbers)
         roots = walk.ties.classes(np.arange(walk.ties.size))
-        of_units = lambda ids: [np.isin(roots[own], roots[ids]) for own in owned]
-        alive = of_units(np.concatenate([ids for _, ids in walk.sums]))
+        alive = _units_of([ids for _, ids in walk.sums], owned, roots)
         more = [~(a | h | g) for a, h, g in zip(alive, held, gone, strict=True)]
         if not any(map(np.any, more)):
-            break
-        nodes_of = lambda marks: np.isin(
-            roots, roots[np.concatenate([o[m] for o, m in zip(owned, marks)])]
-        )
+            varying = _units_of(walk.varying, owned, roots)
+            constant = [a & ~v for a, v in zip(alive, varying, strict=True)]
+            return arrays, gone, constant
+        going, absent = (_nodes_of(marks, owned, roots) for marks in (more, gone))
         for fold in walk.folds:
-            fold_constants(arrays, nodes, fold, nodes_of(more), nodes_of(gone))
+            fold_constants(arrays, nodes, fold, going, absent)
         gone = [a | b for a, b in zip(gone, more, strict=True)]
-    varying = of_units(np.concatenate(walk.varying))
-    return arrays, gone, [a & ~v for a, v in zip(alive, varying, strict=True)]
+
+
+def _units_of(
+    ids: list[np.ndarray], owned: list[np.ndarray], roots: np.ndarray
+) -> Marks:
+    """Which units of each family these nodes belong to."""
+    there = roots[np.concatenate(ids)] if ids else roots[:0]
+    return [np.isin(roots[own], there) for own in owned]
+
+
+def _nodes_of(marks: Marks, owned: list[np.ndarray], roots: np.ndarray) -> np.ndarray:
+    """Which nodes belong to marked units."""
+    own = np.concatenate([ids[m] for ids, m in zip(owned, marks, strict=True)])
+    return np.isin(roots, roots[own])
 
 
 def _known(
@@ -87,7 +98,8 @@ def _known(
     for array, keep in zip(arrays, kept, strict=True):
         rest = array[np.ix_(*keep)] if keep else array
         slabs = []
-        for size, indices, known in zip(array.shape, keep, slab_values(rest)):
+        parts = zip(array.shape, keep, slab_values(rest), strict=True)
+        for size, indices, known in parts:
             slab = np.zeros(size)
             slab[indices] = known
             slabs.append(slab)

@@ -158,8 +158,8 @@ class Units:
         if structure != treedef:
             raise ValueError(
                 "the tree has another structure than the parameters that the units "
-                f"were found in:\n  tree  {structure}\n  units {treedef}\nFind the units "
-                "of this network with find_units(fn, params, *inputs)."
+                f"were found in:\n  tree  {structure}\n  units {treedef}\nFind the "
+                "units of this network with find_units(fn, params, *inputs)."
             )
         for name, leaf, own in zip(leaf_names(self.like), leaves, wanted, strict=True):
             if jnp.shape(leaf) != own.shape:

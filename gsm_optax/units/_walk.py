@@ -150,7 +150,10 @@ class Walk:
         ]
         jaxpr = getattr(program, "jaxpr", program)
         atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + jaxpr.outvars
-        outside, self.uses = self.uses, Counter(a for a in atoms if not hasattr(a, "val"))
+        outside, self.uses = (
+            self.uses,
+            Counter(a for a in atoms if not hasattr(a, "val")),
+        )
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         known = dict(zip(inputs, [*consts, *args], strict=True))
 
