@@ -1,5 +1,7 @@
 """Units that add nothing go, and the network does what it did."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +34,11 @@ def pruned_by_units(units, params, seed=0):
 @pytest.mark.promotes
 @pytest.mark.parametrize(
     "build",
-    [zoo.mlp_equinox, zoo.lenet, zoo.resnet, zoo.densenet, zoo.grouped_convolution]
-    + [zoo.transformer, zoo.grouped_query_attention_and_glu, zoo.scanned_nnx]
-    + [zoo.lstm_linen, zoo.tied_embeddings],
+    [
+        *(zoo.mlp_equinox, zoo.lenet, zoo.resnet, zoo.densenet),
+        *(zoo.grouped_convolution, zoo.transformer, zoo.scanned_nnx),
+        *(zoo.grouped_query_attention_and_glu, zoo.lstm_linen, zoo.tied_embeddings),
+    ],
     ids=lambda build: build.__name__,
 )
 def test_units_at_zero_go_and_no_others(build):
@@ -64,7 +68,7 @@ def test_network_that_is_not_pruned_stays_as_it_is(build):
 
 
 def layers(*widths, seed=0):
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(pairwise(widths))
     shapes = {f"w{i}": pair for i, pair in enumerate(pairs)}
     shapes |= {f"b{i}": (1, b) for i, (_, b) in enumerate(pairs)}
     return randomized({name: np.zeros(shape) for name, shape in shapes.items()}, seed)

@@ -338,8 +338,8 @@ def scanned_nnx():
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            make = nnx.vmap(Block, in_axes=(0,), out_axes=0)
-            self.blocks = make(rngs.split(3))
+            make = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0, out_axes=0))
+            self.blocks = make(rngs)
             self.head = nnx.Linear(4, 2, rngs=rngs)
 
         def __call__(self, x):

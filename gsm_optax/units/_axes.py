@@ -23,7 +23,7 @@ class Value(NamedTuple):
     axes: tuple[Axis, ...]
     number: float = np.nan  # what all its entries are equal to
     is_weight: bool = False  # made of parameters and constants only
-    leaf: int | None = None  # the leaf whose entries these are, perhaps moved
+    leaf: int = -1  # the leaf whose entries these are, perhaps moved
     folds: Any = None  # of a sum that a bias is still to be added to
 
 
@@ -44,7 +44,7 @@ class Ties:
             parent[: self._size] = self._parent[: self._size]
             reason[: self._size] = self._reason[: self._size]
             self._parent, self._reason = parent, reason
-        axis = np.empty(size, RECORD)
+        axis: Any = np.empty(size, RECORD)
         axis["id"] = np.arange(self._size, self._size + size)
         axis["value"] = value
         self._size += size

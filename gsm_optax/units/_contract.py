@@ -24,7 +24,7 @@ class Fold:
         summed: for each axis that is summed over, that of the weight, and what the
             activation is known to be along it.
         made: axes of the weight that the sum has.
-        bias: a leaf that is added to all of the sum, or None.
+        bias: the leaf that is added to all of the sum, or -1.
         adds: its axes, in the order of `made`.
     """
 
@@ -33,7 +33,7 @@ class Fold:
     weight: Value
     summed: list[tuple[Axis, np.ndarray]]
     made: list[Axis]
-    bias: Value | None = None
+    bias: int = -1
     adds: Sequence[Axis] = ()
 
     @property
@@ -97,7 +97,7 @@ def add_bias(walk: Any, eqn: Any, args: list[Value]) -> None:
     """Note a bias that is added to a sum, all along what the weight makes of it."""
     for (value, bias), var in zip((args, args[::-1]), eqn.invars, strict=True):
         fold = value.folds
-        if not fold or not bias.axes or bias.leaf is None or walk.uses[var] > 1:
+        if not fold or not bias.axes or bias.leaf < 0 or walk.uses[var] > 1:
             continue
         if fold.place[:-1] != walk.place[:-1]:  # it may be used elsewhere, too
             continue
@@ -114,4 +114,4 @@ def add_bias(walk: Any, eqn: Any, args: list[Value]) -> None:
             and walk.is_leaf(Value(tuple(adds), leaf=bias.leaf))
             and not any(len(axis) > 1 and walk.is_of_leaf(axis) for axis in rest)
         ):
-            fold.bias, fold.adds = bias, adds
+            fold.bias, fold.adds = bias.leaf, adds

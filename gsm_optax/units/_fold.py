@@ -25,7 +25,6 @@ def fold_constants(
         going: bool[nodes]: nodes of units that go now.
         gone: bool[nodes]: nodes of units that went before, and add nothing any more.
     """
-    assert fold.bias is not None
     axes = fold.weight.axes
     weight = _moved(arrays[fold.weight.leaf], nodes, axes).astype(np.float64)
     weight = weight.reshape([len(axis) for axis in axes])
@@ -61,12 +60,11 @@ def _add_to_bias(
     arrays: list[np.ndarray], nodes: Nodes, fold: Fold, added: np.ndarray
 ) -> None:
     """Add an array over the axes that the weight makes."""
-    assert fold.bias is not None
-    bias = arrays[fold.bias.leaf]
+    bias = arrays[fold.bias]
     total = bias.astype(np.float64)
     moved = _moved(total, nodes, fold.adds)  # writes into total
     moved += added.reshape(moved.shape)
-    arrays[fold.bias.leaf] = total.astype(bias.dtype)
+    arrays[fold.bias] = total.astype(bias.dtype)
 
 
 def _moved(array: np.ndarray, nodes: Nodes, axes: Sequence[Axis]) -> np.ndarray:

@@ -33,12 +33,12 @@ def apply_rule(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     function = RULES.get(name, elementwise if is_elementwise(name) else unknown)
     if name in _NOT_ONCE:
         walk.consume(args)
-        args = [arg._replace(leaf=None) for arg in args]
+        args = [arg._replace(leaf=-1) for arg in args]
     outs = function(walk, eqn, args)
     outs = [outs] if isinstance(outs, Value) else outs
     if name not in _MOVES:
-        outs = [out._replace(leaf=None) for out in outs]
-    if name not in _CALLS and all(out.leaf is None for out in outs):
+        outs = [out._replace(leaf=-1) for out in outs]
+    if name not in _CALLS and all(out.leaf < 0 for out in outs):
         walk.consume(args)
     if name not in _SUMS:
         outs = [out._replace(folds=None) for out in outs]
@@ -238,7 +238,7 @@ def _reshape(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         for i, axis in zip(targets, new, strict=True):
             axes[i] = axis
     is_moved = all(len(old) == len(new) == 1 for old, new in _factors(before, shape))
-    leaf = value.leaf if is_moved else None
+    leaf = value.leaf if is_moved else -1
     return Value(tuple(axes), value.number, leaf=leaf)
 
 
@@ -569,7 +569,12 @@ def _join_values(walk: Any, values: Any) -> Value:
 @rule("scan")
 def _scan(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     """Carries tied to themselves, stacked leaves by their own axes."""
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    inside = eqn.params["jaxpr"].jaxpr
+    # What is stacked has one axis more outside; the parameters that tell how many of
+    # each there are have changed with JAX's versions.
+    num_carry = sum(map(_is_same_rank, eqn.outvars, inside.outvars))
+    num_stacked = len(args) - sum(map(_is_same_rank, eqn.invars, inside.invars))
+    num_consts = len(args) - num_stacked - num_carry
     consts, carry = args[:num_consts], args[num_consts : num_consts + num_carry]
     stacked = args[num_consts + num_carry :]
     walk.pin(eqn, *(value.axes[0] for value in stacked))
@@ -588,6 +593,10 @@ def _scan(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     steps = [value.axes for value in outs[num_carry:]]
     ys = [Value((walk.new_pinned(eqn, length), *axes)) for axes in steps]
     return after + ys
+
+
+def _is_same_rank(outside: Any, inside: Any) -> bool:
+    return outside.aval.ndim == inside.aval.ndim
 
 
 def _same_knowledge(one: Value, other: Value) -> bool:

@@ -74,7 +74,7 @@ class Walk:
     def consume(self, args: list[Value]) -> None:
         """Note that the entries of leaves are used here."""
         for arg in args:
-            if arg.leaf is not None:
+            if arg.leaf >= 0:
                 self.users.setdefault(arg.leaf, set()).add(self.place)
 
     def add(self, eqn: Any, axis: Axis, there: np.ndarray) -> None:
@@ -88,7 +88,7 @@ class Walk:
     def is_leaf(self, value: Value) -> bool:
         """Whether an array has the entries of a leaf, each once."""
         longer = [axis for axis in value.axes if len(axis) > 1]
-        return value.leaf is not None and all(map(self.is_of_leaf, longer))
+        return value.leaf >= 0 and all(map(self.is_of_leaf, longer))
 
     def choose(self, eqn: Any, group: int, axes: list[Axis]) -> int | None:
         """Which of the axes is followed through a reshape; None if that is open.
@@ -181,7 +181,7 @@ class Walk:
         A bias must be the sum's own: what else uses it would get the constant, too.
         """
         self.consume(outs)
-        is_own = lambda fold: fold.bias and len(self.users[fold.bias.leaf]) == 1
+        is_own = lambda fold: fold.bias >= 0 and len(self.users[fold.bias]) == 1
         for fold in self.folds:
             if not is_own(fold):
                 self.sums.append((fold.name, fold.constant))
