@@ -15,7 +15,63 @@ from gsm_optax.units._walk import Walk
 
 
 def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
-    """Find what can be removed as a whole: channels, neurons, heads."""
+    r"""Find what can be removed as a whole: channels, neurons, heads.
+
+    A unit is a set of slices of parameters: the column of a kernel that makes a neuron,
+    its bias, its normalisation, the rows that read it. With all of them at zero the
+    network does what it does without them. Units along one axis of the network are a
+    family. They are found by following every index of every axis through the program
+    that `fn` is traced to: equal indices of two operands are tied, an index that a
+    primitive mixes with others, or whose primitive is not known, is pinned, and so are
+    those of inputs and outputs. Pinned is always safe: a family is only what is known to
+    be one. `fn` is traced again with fewer units, which shows what it knows of its
+    sizes: where it then does something else, such as scaling by them, it is pinned.
+
+    * Of the heads of attention and the dimensions within them, heads are the units where
+      a kernel's axis holds both. Grouped convolutions lose whole groups.
+    * Batch statistics are slices like any other if they are part of `params`: give all
+      variables of a linen module, `lambda variables, x: model.apply(variables, x)`. As
+      an input they pin the channels.
+    * A function without randomness: dropout's noise pins what it multiplies.
+    * Modules that check their sizes, such as all of linen's, cannot be traced with
+      fewer units. Their families are as true, for the module that is built anew with
+      other sizes; the dimensions of attention are then left out, since it scales by
+      their number.
+
+    Args:
+        fn: `fn(params, *inputs)`, any JAX function, with or without `jit`.
+        params: pytree of arrays, or of `jax.ShapeDtypeStruct`. Leaves that are not
+            floating-point are pinned.
+        *inputs: arrays or `jax.ShapeDtypeStruct`, or pytrees of them. The values do not
+            matter here; `shrink` compares outputs on them.
+
+    Returns:
+        `Units`: print it.
+
+    Raises:
+        ValueError: if `fn` cannot be traced, uses no parameters, or has no family; it
+            says what pinned its axes.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gsm_optax.units import find_units
+        >>> def fn(params, x):
+        ...     return jax.nn.relu(x @ params["in"]) @ params["out"]
+        >>> params = {"in": jnp.ones((4, 3)), "out": jnp.ones((3, 2))}
+        >>> print(find_units(fn, params, jnp.ones((1, 4))))
+        family  units  entries each  slices
+             0      3             6  in[1]
+                                     out[0]
+        <BLANKLINE>
+        pinned by  axes
+        input         1  in[0]
+        output        1  out[1]
+
+    References:
+        Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, for groups of
+        a network's modules; here it is the indices of a program's axes.
+    """
     check_arrays(params)
     program = trace(fn, params, inputs)
     like = jax.tree.map(

@@ -100,8 +100,8 @@ class Plan:
                 str(plan.family) for plan in self._changed if not plan.family.is_traced
             )
             raise ValueError(
-                f"the smaller network gives other outputs: {difference}. Something else "
-                "in fn depends on its sizes, a scale or a number of groups"
+                f"the smaller network gives other outputs: {difference}. Something "
+                "in fn depends on its sizes, as a scale may"
                 + (f", in one of the families of {families}." if families else ".")
             )
 
