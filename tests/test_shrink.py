@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import zoo
+from flax import nnx
 from jax import lax
 from zoo import randomized, sample
 
@@ -305,6 +306,27 @@ def test_module_that_keeps_its_sizes_is_checked_when_it_is_built_anew():
     assert plan.shapes["params/Dense_0/kernel"] == ((5, 2), (left, 2))
     plan.check(small_fn, pruned, small)
     assert f"5x2    {left}x2" in str(plan)
+
+
+@pytest.mark.promotes
+def test_whole_state_of_a_module_is_shrunk():
+    """Counters and keys are among its leaves, and stay."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense1, self.dense2 = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+            self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense2(self.dropout(nnx.relu(self.dense1(x))))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    fn = lambda state, x: nnx.merge(graph, state)(x)
+    units = find_units(fn, state, sample((2, 4)))
+    state["dense2"]["kernel"][...] = state["dense2"]["kernel"][...].at[1].set(0)
+    small, plan = shrink(state, units)
+    assert plan.families[0].kept.tolist() == [0, 2, 3]
+    assert nnx.merge(graph, small)(sample((2, 4))).shape == (2, 4)
 
 
 def test_nothing_is_written_over():

@@ -95,6 +95,8 @@ BETWEEN = {
     "uniform constant": (lambda h, p: h + np.ones((1, 1), np.float32), [6]),
     "gather": (lambda h, p: h[:, np.array([0, 2, 1, 3, 5, 4])], []),
     "gram": (lambda h, p: (h @ h.T) @ h, []),
+    "gram of a scale": (lambda h, p: (h * p["scalar"]) @ (h * p["scalar"]).T @ h, []),
+    "gram of a slice": (lambda h, p: (h * p["b"][:, :1]) @ h.T @ h, []),
     "diagonal": (lambda h, p: h * jnp.diag(p["v"] @ p["v"].T)[None], []),
     "mixing reshape": (
         lambda h, p: h.reshape(-1, 3, 2).swapaxes(1, 2).reshape(-1, 6),

@@ -20,15 +20,17 @@ def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
     A unit is a set of slices of parameters: the column of a kernel that makes a neuron,
     its bias, its normalisation, the rows that read it. With all of them at zero the
     network does what it does without them. Units along one axis of the network are a
-    family. They are found by following every index of every axis through the program
-    that `fn` is traced to: equal indices of two operands are tied, an index that a
-    primitive mixes with others, or whose primitive is not known, is pinned, and so are
-    those of inputs and outputs. Pinned is always safe: a family is only what is known to
-    be one. `fn` is traced again with fewer units, which shows what it knows of its
-    sizes: where it then does something else, such as scaling by them, it is pinned.
+    family.
 
-    * Of the heads of attention and the dimensions within them, heads are the units where
-      a kernel's axis holds both. Grouped convolutions lose whole groups.
+    They are found by following every index of every axis through the program that `fn`
+    is traced to: equal indices of two operands are tied. What a primitive mixes with
+    other indices is pinned, and so are axes of primitives that are not known, of inputs
+    and of outputs. Pinned is always safe: a family is only what is known to be one.
+    Then `fn` is traced again with fewer units, which shows what it knows of its sizes:
+    where it does something else with them, such as scaling by them, they are pinned.
+
+    * Of the heads of attention and the dimensions within them, heads are the units
+      where a kernel's axis holds both. Grouped convolutions lose whole groups.
     * Batch statistics are slices like any other if they are part of `params`: give all
       variables of a linen module, `lambda variables, x: model.apply(variables, x)`. As
       an input they pin the channels.
@@ -73,10 +75,10 @@ def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
         a network's modules; here it is the indices of a program's axes.
     """
     check_arrays(params)
-    program = trace(fn, params, inputs)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params
     )
+    program = trace(fn, like, inputs)
     shapes = [leaf.shape for leaf in jax.tree.leaves(like)]
     walk = _settled_walk(program, shapes)
     paths = leaf_names(like)

@@ -216,7 +216,8 @@ def _zeroed(plan: Plan, folded: Any) -> Any:
         marks[kept] = True
         values.append(marks)
     mask = plan.units.expand(values)
-    return jax.tree.map(lambda x, m: jnp.where(m, x, jnp.zeros_like(x)), folded, mask)
+    zeroed = lambda x, m: jnp.where(m, x, jnp.zeros_like(x)) if _is_float(x) else x
+    return jax.tree.map(zeroed, folded, mask)
 
 
 def _concrete(inputs: Any) -> Any:
@@ -236,7 +237,7 @@ def _concrete(inputs: Any) -> Any:
 
 def _difference(wanted: Any, actual: Any, params: Any) -> str:
     """How much outputs differ, or nothing if that is rounding."""
-    floats = [x.dtype for x in jax.tree.leaves(params) if _is_float(x)]
+    floats = [jnp.result_type(x) for x in jax.tree.leaves(params) if _is_float(x)]
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True)
     for one, other in pairs:
         if one.shape != other.shape:
@@ -253,4 +254,4 @@ def _difference(wanted: Any, actual: Any, params: Any) -> str:
 
 
 def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -56,8 +56,10 @@ def check_by_tracing(
         if group:
             _sort_out(group, attempt(group), attempt, found)
     traced = [i for i in found if found[i] == SAME]
-    if traced and attempt(traced) != SAME:
-        found.update(dict.fromkeys(traced, RAISES))
+    if traced and (multiplied or len(traced) < len(others)):  # not yet together
+        chosen = [families[i] for i in traced]
+        outcome = _attempt(walk, chosen, fn, like, inputs, program)
+        found.update(dict.fromkeys(traced, outcome))
     for i, family in enumerate(families):
         if found[i] == RAISES and (primitives[i] or len(family.slices) == 1):
             found[i] = DIFFERS

@@ -97,7 +97,13 @@ def elementwise(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
     for i, size in enumerate(shape):
         full = [arg.axes[i] for arg in arrays if len(arg.axes[i]) == size]
         axis = walk.join(full) if full else walk.new(size)
-        values = [arg.axes[i]["value"] if arg.axes else arg.number for arg in args]
+        # What is repeated along the axis counts as a whole: its one index is another's.
+        values = [
+            arg.axes[i]["value"]
+            if arg.axes and len(arg.axes[i]) == size
+            else arg.number
+            for arg in args
+        ]
         axis["value"] = elementwise_number(eqn, values)
         finite = np.all(np.broadcast_arrays(*map(np.isfinite, values)), axis=0)
         walk.add(eqn, axis, finite & np.isinf(axis["value"]))  # and so to all it meets

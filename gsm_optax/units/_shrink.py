@@ -22,19 +22,19 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
     A unit goes if every sum over it is without it what it was: where it is read, its
     rows are zero, or the unit itself is known to be, because what makes it is zero and
     what follows keeps zero at zero. That is followed through the program with the
-    parameters as they are, exactly. So units go that were pruned whole, and neurons that
-    pruning by entries has left without anything to read or to be read by; when some go,
-    others may follow.
+    parameters as they are, exactly. So units go that were pruned whole, and neurons
+    that pruning by entries has left without anything to read or to be read by; when
+    some go, others may follow.
 
     A unit that is a constant :math:`c_i` whatever the input, such as act(bias), goes
     too where the bias after it can add :math:`\sum_i c_i W_i` in its place: in dense
     layers and convolutions without padding, to a bias that is used nowhere else. Where
     not, the plan counts it as `constant`.
 
-    The network is then compared with the first one on the inputs of `find_units` (random
-    ones where those were shapes): with zeros in place of the units, and at its new
-    size. Where `fn` keeps its sizes, as linen's modules do, build the module with those
-    that `plan.shapes` tells, and compare with `plan.check`.
+    The network is then compared with the first one on the inputs of `find_units`
+    (random ones where those were shapes): with zeros in place of the units, and at its
+    new size. Where `fn` keeps its sizes, as linen's modules do, build the module with
+    those that `plan.shapes` tells, and compare with `plan.check`.
 
     Args:
         params: as given to `find_units`, with values.
@@ -73,7 +73,7 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
     """
     round_to = check_count("round_to", round_to, 1, "sizes become multiples of it")
     leaves = units.leaves_of(params)
-    arrays = [np.asarray(leaf) for leaf in leaves]
+    arrays = list(map(_on_host, leaves))
     held = [np.zeros(family.size, bool) for family in units.families]
     while True:
         folded, gone, constant = _dead_units(arrays, units, held)
@@ -140,6 +140,12 @@ def _nodes_of(marks: Marks, owned: list[np.ndarray], roots: np.ndarray) -> np.nd
     """Which nodes belong to marked units."""
     own = np.concatenate([ids[m] for ids, m in zip(owned, marks, strict=True)])
     return np.isin(roots, roots[own])
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The array, or one of which nothing is known for PRNG keys."""
+    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended)
+    return np.full(jnp.shape(leaf), np.nan) if is_key else np.asarray(leaf)
 
 
 def _known(

@@ -25,9 +25,7 @@ class Walk:
         self.choices = choices
         self.open: dict[Any, list[np.ndarray]] = {}  # reshapes to be decided
         self.sums: list[tuple[str, np.ndarray]] = []  # nodes that add something
-        self.products: list[
-            tuple[str, np.ndarray]
-        ] = []  # of a product of two activations
+        self.products: list[tuple[str, np.ndarray]] = []  # of two activations
         self.varying: list[np.ndarray] = []  # those that add more than a constant
         self.folds: list[Fold] = []  # sums with constants that a bias could add
         self.leaf_nodes = 0  # the first ones are those of the leaves
@@ -149,11 +147,9 @@ class Walk:
             for i, const in enumerate(getattr(program, "consts", ()))
         ]
         jaxpr = getattr(program, "jaxpr", program)
-        atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + jaxpr.outvars
-        outside, self.uses = (
-            self.uses,
-            Counter(a for a in atoms if not hasattr(a, "val")),
-        )
+        atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars]
+        variables = [a for a in (*atoms, *jaxpr.outvars) if not hasattr(a, "val")]
+        outside, self.uses = self.uses, Counter(variables)
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         known = dict(zip(inputs, [*consts, *args], strict=True))
 
