@@ -39,6 +39,8 @@ ZOO = [  # network, sizes of its families
     (zoo.densenet, [4, 3, 5]),
     (zoo.depthwise_separable, [4, 6]),
     (zoo.grouped_convolution, [3]),
+    (zoo.group_norm, [4]),
+    (zoo.attention_linen, [4]),
     (zoo.unet, [4, 5, 6, 5, 4, 3]),
     (zoo.transformer, [4, 10, 4, 10]),  # heads, neurons
     (zoo.grouped_query_attention_and_glu, [3, 7]),

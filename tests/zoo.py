@@ -167,6 +167,47 @@ def depthwise_separable():
     return of_linen(build, sample((2, 6, 6, 3)))
 
 
+def group_norm():
+    """Whole groups of channels are units; the module keeps their number."""
+
+    class Net(nn.Module):
+        groups: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(2 * self.groups, (3, 3))(x)
+            x = nn.relu(nn.GroupNorm(self.groups)(x))
+            return nn.Dense(2)(x.mean((1, 2)))
+
+    fn, params, inputs = of_linen(lambda _: Net(4), sample((2, 6, 6, 3)))
+
+    def small_fn(params, x):
+        width = params["params"]["Dense_0"]["kernel"].shape[0]
+        return Net(width // 2).apply(params, x)
+
+    return fn, params, inputs, small_fn
+
+
+def attention_linen():
+    class Net(nn.Module):
+        heads: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = x + nn.MultiHeadDotProductAttention(
+                self.heads, qkv_features=3 * self.heads
+            )(x)
+            return nn.Dense(2)(x)
+
+    fn, params, inputs = of_linen(lambda _: Net(4), sample((2, 5, 6)))
+
+    def small_fn(params, x):
+        (attention,) = (v for k, v in params["params"].items() if "Multi" in k)
+        return Net(len(attention["out"]["kernel"])).apply(params, x)
+
+    return fn, params, inputs, small_fn
+
+
 def convolve(x, kernel, groups=1):
     spec = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(

@@ -26,7 +26,7 @@ def fold_constants(
         gone: bool[nodes]: nodes of units that went before, and add nothing any more.
     """
     axes = fold.weight.axes
-    weight = _moved(arrays[fold.weight.leaf], nodes, axes).astype(np.float64)
+    weight = _moved(_double(arrays[fold.weight.leaf]), nodes, axes)
     weight = weight.reshape([len(axis) for axis in axes])
     constants = np.zeros((1,) * weight.ndim)
     is_there = np.ones((1,) * weight.ndim, bool)
@@ -61,10 +61,15 @@ def _add_to_bias(
 ) -> None:
     """Add an array over the axes that the weight makes."""
     bias = arrays[fold.bias]
-    total = bias.astype(np.float64)
+    total = _double(bias)
     moved = _moved(total, nodes, fold.adds)  # writes into total
     moved += added.reshape(moved.shape)
     arrays[fold.bias] = total.astype(bias.dtype)
+
+
+def _double(array: np.ndarray) -> np.ndarray:
+    """A copy in double precision."""
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def _moved(array: np.ndarray, nodes: Nodes, axes: Sequence[Axis]) -> np.ndarray:

@@ -136,6 +136,8 @@ def _evaluate(eqn: Any, name: str, numbers: list[np.ndarray]) -> np.ndarray:
         return np.full(np.broadcast_shapes(*map(np.shape, numbers)), np.nan)
     else:
         made = _NUMBERS[name](*numbers)
+        if name == "div" and not _is_inexact(eqn):
+            made = np.trunc(made)
     return np.where(np.isnan(made), np.inf, made)
 
 
