@@ -34,7 +34,8 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
     The network is then compared with the first one on the inputs of `find_units`
     (random ones where those were shapes): with zeros in place of the units, and at its
     new size. Where `fn` keeps its sizes, as linen's modules do, build the module with
-    those that `plan.shapes` tells, and compare with `plan.check`.
+    those that `plan.shapes` tells, and compare with `plan.check`. What goes is decided
+    on the host, which has to be able to read all parameters.
 
     Args:
         params: as given to `find_units`, with values.
