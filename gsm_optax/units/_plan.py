@@ -1,0 +1,257 @@
+"""What to remove: a plan that is applied to trees, and checked."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_optax._paths import leaf_names, leaf_paths
+from gsm_optax.units._units import Family, Units, align
+
+
+class FamilyPlan(NamedTuple):
+    """What stays of a family."""
+
+    family: Family
+    kept: np.ndarray  # which of its units stay
+    held: int  # how many of them are dead, and stay for the size
+    constant: int  # how many of them add a constant only, which no bias could take on
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `shrink` removes; print it.
+
+    Attributes:
+        families: tuple of `FamilyPlan`: of each family the indices of the units that
+            are `kept`, how many of those are dead and were `held` back so that the size
+            is one that was asked for, and how many add a `constant` only.
+    """
+
+    families: tuple[FamilyPlan, ...]
+    units: Units = field(repr=False)
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes that change: for each path the shape before, and after."""
+        leaves = jax.tree.leaves(self.units.like)
+        changes = {}
+        for name, leaf, keep in zip(
+            leaf_names(self.units.like), leaves, self._kept, strict=True
+        ):
+            after = tuple(map(len, keep))
+            if after != leaf.shape:
+                changes[name] = leaf.shape, after
+        return changes
+
+    def apply(self, tree: Any) -> Any:
+        """Remove the same units from a tree that holds the parameters' shapes.
+
+        Args:
+            tree: like the parameters; or an optimizer's state, a mask, an average,
+                whose paths end as those of the parameters. Other leaves stay as they
+                are.
+
+        Returns:
+            The same tree with smaller arrays. Nothing is written over.
+
+        Raises:
+            ValueError: if a leaf stands for a parameter and has another shape than
+                that, so that it is not known what belongs to a unit.
+        """
+        wanted = {
+            tuple(map(str, path)): (leaf.shape, keep)
+            for path, leaf, keep in zip(
+                leaf_paths(self.units.like),
+                jax.tree.leaves(self.units.like),
+                self._kept,
+                strict=True,
+            )
+        }
+        leaves, treedef = jax.tree.flatten(tree)
+        names = leaf_names(tree)
+        paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
+        small = [
+            _take(name, leaf, _ending(path, wanted))
+            for name, path, leaf in zip(names, paths, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, small)
+
+    def check(self, fn: Callable[..., Any], params: Any, small: Any) -> None:
+        """Compare the smaller network with the first one, on the inputs of the units.
+
+        Args:
+            fn: `fn(small, *inputs)` is the smaller network.
+            params: parameters before they were shrunk.
+            small: and after that.
+
+        Raises:
+            ValueError: if the outputs differ by more than rounding.
+        """
+        inputs = _concrete(self.units.inputs)
+        wanted = jax.jit(self.units.fn)(params, *inputs)
+        difference = _difference(wanted, jax.jit(fn)(small, *inputs), params)
+        if difference:
+            families = ", ".join(
+                str(plan.family) for plan in self._changed if not plan.family.is_traced
+            )
+            raise ValueError(
+                f"the smaller network gives other outputs: {difference}. Something "
+                "in fn depends on its sizes, as a scale may"
+                + (f", in one of the families of {families}." if families else ".")
+            )
+
+    @property
+    def _kept(self) -> list[list[np.ndarray]]:
+        gone = []
+        for plan in self.families:
+            marks = np.ones(plan.family.size, bool)
+            marks[plan.kept] = False
+            gone.append(marks)
+        return self.units.kept_indices(gone)
+
+    @property
+    def _changed(self) -> list[FamilyPlan]:
+        return [p for p in self.families if len(p.kept) < p.family.size]
+
+    def __str__(self) -> str:
+        """Return aligned tables of the families, and of the shapes that change."""
+        rows = [["family", "units", "kept", "dead", "held", "constant", "slices"]]
+        for i, (family, kept, held, constant) in enumerate(self.families):
+            dead = family.size - len(kept) + held
+            numbers = family.size, len(kept), dead, held, constant
+            first, *rest = family.slices
+            more = f" and {len(rest)} more" if rest else ""
+            rows.append([str(i), *(f"{n:,}" for n in numbers), f"{first}{more}"])
+        text = align(rows, words={6})
+        if not self._changed:
+            return f"{text}\n\nno unit is removed: {self._why()}"
+        shapes = [["path", "shape", "smaller"]]
+        for name, pair in self.shapes.items():
+            shapes.append([name, *("x".join(map(str, shape)) for shape in pair)])
+        before, after = self._entries()
+        total = f"{after:,} of {before:,} entries stay ({after / before:.1%})"
+        return f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
+
+    def _why(self) -> str:
+        if any(plan.held for plan in self.families):
+            return "those that are dead are held back, for the sizes."
+        return "each adds something. Prune whole units, or more entries."
+
+    def _entries(self) -> tuple[int, int]:
+        before = [leaf.shape for leaf in jax.tree.leaves(self.units.like)]
+        after = [tuple(map(len, keep)) for keep in self._kept]
+        return sum(map(math.prod, before)), sum(map(math.prod, after))
+
+
+def _ending(path: tuple[str, ...], wanted: dict[tuple[str, ...], Any]) -> Any:
+    """The parameter whose path this path ends with, the longest one."""
+    endings = (path[i:] for i in range(len(path) + 1))
+    return next(((e, *wanted[e]) for e in endings if e in wanted), None)
+
+
+def _take(name: str, leaf: Any, own: Any) -> Any:
+    if own is None:
+        return leaf
+    path, shape, keep = own
+    if shape == tuple(map(len, keep)):
+        return leaf
+    if jnp.shape(leaf) != shape:
+        # A placeholder; or all paths end with that of a single array, which is empty.
+        if jnp.size(leaf) <= 1 or not path:
+            return leaf
+        raise ValueError(
+            f"{name} has shape {list(jnp.shape(leaf))}, but the parameter that it "
+            f"stands for has {list(shape)}: it cannot be told what belongs to a unit. "
+            "Begin with a new state of the optimizer, tx.init(small)."
+        )
+    for axis, indices in enumerate(keep):
+        if len(indices) < shape[axis]:
+            leaf = leaf.take(indices, axis)
+    return leaf
+
+
+def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
+    """The smaller parameters, once they are known to give the same outputs.
+
+    First at full size, with zeros in place of the units, which any network can be asked
+    for; then, if it can be traced with fewer, at its new size.
+
+    Args:
+        plan: what to remove.
+        params: parameters before.
+        folded: parameters whose biases add the constants of the units that go.
+
+    Raises:
+        ValueError: if the outputs are other ones.
+    """
+    small, units = plan.apply(folded), plan.units
+    if not plan._changed:
+        return small
+    fn, inputs = jax.jit(units.fn), _concrete(units.inputs)
+    wanted = fn(params, *inputs)
+    difference = _difference(wanted, fn(_zeroed(plan, folded), *inputs), params)
+    if difference:
+        families = ", ".join(str(changed.family) for changed in plan._changed)
+        raise ValueError(
+            f"without units of {families} the network gives other outputs: "
+            f"{difference}. That must not be; please report it with the network."
+        )
+    try:
+        jax.eval_shape(units.fn, small, *inputs)
+    except Exception:
+        return small  # fn keeps its sizes, as linen's modules do
+    plan.check(units.fn, params, small)
+    return small
+
+
+def _zeroed(plan: Plan, folded: Any) -> Any:
+    values = []
+    for family, kept, *_ in plan.families:
+        marks = np.zeros(family.size, bool)
+        marks[kept] = True
+        values.append(marks)
+    mask = plan.units.expand(values)
+    zeroed = lambda x, m: jnp.where(m, x, jnp.zeros_like(x)) if _is_float(x) else x
+    return jax.tree.map(zeroed, folded, mask)
+
+
+def _concrete(inputs: Any) -> Any:
+    """The inputs, or where only shapes were given random numbers and integers 0."""
+
+    def make(x: Any) -> Any:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), x.shape)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype)
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(make, inputs)
+
+
+def _difference(wanted: Any, actual: Any, params: Any) -> str:
+    """How much outputs differ, or nothing if that is rounding."""
+    floats = [jnp.result_type(x) for x in jax.tree.leaves(params) if _is_float(x)]
+    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True)
+    for one, other in pairs:
+        if one.shape != other.shape:
+            return f"shape {list(other.shape)}, not {list(one.shape)}"
+        if not _is_float(one) or not one.size:
+            continue
+        eps = max(float(jnp.finfo(dtype).eps) for dtype in (*floats, one.dtype))
+        one, other = (np.asarray(x, np.complex128) for x in (one, other))
+        scale = np.abs(one[np.isfinite(one)]).max(initial=0)
+        # Sums in another order: far less than a unit that counts, far more than eps.
+        if not np.allclose(one, other, rtol=0, atol=eps**0.5 * scale, equal_nan=True):
+            return f"{np.nanmax(np.abs(one - other)):.3g} of {scale:.3g}"
+    return ""
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
