@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from trees import assert_same, normal
 
 from gsm_optax import (
     freeze_pruned,
@@ -78,13 +79,8 @@ def test_a_killed_run_ends_as_one_that_never_was(tmp_path):
 
 
 def parameters():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {
-        "kernel": draw(16, 8),
-        "bias": draw(8),
-        "half": draw(8, 8).astype("bfloat16"),
-    }
+    params = normal({"kernel": (16, 8), "bias": (8,), "half": (8, 8)})
+    return params | {"half": params["half"].astype("bfloat16")}
 
 
 def gradients(step):
@@ -131,13 +127,6 @@ def restored(folder, tree, target):
         checkpointer.save(folder / "0", tree)
         checkpointer.wait_until_finished()
         return checkpointer.restore(folder / "0", target)
-
-
-def assert_same(actual, wanted):
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.promotes

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from oracle import active, budget
+from trees import assert_close, assert_same, normal
 
 from gsm_optax import (
     freeze_pruned,
@@ -27,12 +28,8 @@ RATIO, STEPS = 0.75, 4
 HALF = {"momentum": 0.5, "weight_decay": 2.0**-3}
 
 
-def tree(seed, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    return {"a": {"kernel": draw(4, 6), "bias": draw(6)}, "b": draw(2, 2, 4)}
-
-
+SHAPES = {"a": {"kernel": (4, 6), "bias": (6,)}, "b": (2, 2, 4)}
+tree = partial(normal, SHAPES)
 PRUNABLE = 4 * 6 + 2 * 2 * 4
 MASK = magnitude_mask(tree(0), RATIO)
 ROWS = {
@@ -90,19 +87,6 @@ def loop(tx, params=None, steps=STEPS, grads=grads_of):
     for i in range(steps):
         carry, updates = step_of(tx, carry, grads(i))
     return *carry, updates
-
-
-def assert_same(actual, wanted):
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def assert_close(actual, wanted):
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def num_active(state):

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from trees import normal
 
 from gsm_optax import (
     Recorder,
@@ -30,20 +32,15 @@ KERNEL_ENTRIES = 6 * 16 + 16 * 3
 KEPT = KERNEL_ENTRIES // 4
 
 
-def values():
-    """The parameters that every framework starts from."""
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {
-        "dense": {"kernel": draw(6, 16), "bias": draw(16)},
-        "head": {"kernel": draw(16, 3), "bias": draw(3)},
-    }
+SHAPES = {  # what every framework starts from
+    "dense": {"kernel": (6, 16), "bias": (16,)},
+    "head": {"kernel": (16, 3), "bias": (3,)},
+}
+values = partial(normal, SHAPES)
 
 
 def data():
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
-    return x, jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)
+    return normal(((32, 6), (32, 3)), 1)
 
 
 def optimizer():
@@ -227,10 +224,7 @@ def trained(request):
         return FRAMEWORKS[request.param]()
 
 
-def assert_close(actual, wanted):
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+assert_close = partial(trees.assert_close, rtol=2e-5, atol=2e-6)
 
 
 def test_training_is_that_of_a_dict(trained, plain):

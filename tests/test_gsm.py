@@ -23,30 +23,31 @@ def draw(rng, dtype, kind):
     return [jnp.asarray(make(size=shape), dtype) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.95])
-def test_every_step_is_the_papers(ratio, dtype, rtol, kind, nesterov):
+@pytest.mark.parametrize(
+    ("ratio", "nesterov"), [(0.0, False), (0.0, True), (0.5, True), (0.95, False)]
+)
+def test_every_step_is_the_papers(ratio, nesterov, dtype, rtol):
     """30 steps, each compared with the equations from where the last one ended."""
-    rng = np.random.default_rng(5)
-    weights = draw(rng, dtype, kind)
     settings = {"lr": 0.1, "beta": 0.9, "eta": 0.01, "nesterov": nesterov}
     tx = gsm_sgd(0.1, ratio, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
-    state, step = tx.init(weights), jax.jit(tx.update)
-    kept = budget(ratio, sum(w.size for w in weights))
-    for _ in range(30):
-        grads, momenta = draw(rng, dtype, kind), optax.tree.get(state, "trace")
-        expected = gsm_step(weights, momenta, grads, kept=kept, **settings)
-        updates, state = step(grads, state, weights)
-        weights = optax.apply_updates(weights, updates)
-        got = weights, optax.tree.get(state, "trace")
-        for value, want in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-            assert value.dtype == dtype
-            # Sums of opposite terms cancel, so a rounding counts against their size.
-            np.testing.assert_allclose(
-                np.asarray(value, np.float64), want, rtol=rtol, atol=4 * rtol
-            )
+    step = jax.jit(tx.update)
+    for kind in ("normal", "ties", "zeros"):
+        rng = np.random.default_rng(5)
+        weights = draw(rng, dtype, kind)
+        state, kept = tx.init(weights), budget(ratio, sum(w.size for w in weights))
+        for _ in range(30):
+            grads, momenta = draw(rng, dtype, kind), optax.tree.get(state, "trace")
+            expected = gsm_step(weights, momenta, grads, kept=kept, **settings)
+            updates, state = step(grads, state, weights)
+            weights = optax.apply_updates(weights, updates)
+            got = weights, optax.tree.get(state, "trace")
+            for value, want in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+                assert value.dtype == dtype
+                # Sums of opposite terms cancel: a rounding counts against their size.
+                np.testing.assert_allclose(
+                    np.asarray(value, np.float64), want, rtol=rtol, atol=4 * rtol
+                )
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -184,9 +185,8 @@ def test_half_precision_keeps_the_dtypes_of_init(tx):
         carry, _ = step(carry)
     assert types(carry) == types(start)
     assert step._cache_size() == 1
-    scanned, _ = jax.lax.scan(step, start, length=3)
-    for a, b in zip(*map(jax.tree.leaves, (scanned, carry)), strict=True):
-        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=1e-2)
+    scan = lambda start: jax.lax.scan(step, start, length=3)[0]
+    assert types(jax.eval_shape(scan, start)) == types(start)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import normal
 
 from gsm_optax import (
     gradient_importance,
@@ -21,11 +23,8 @@ from gsm_optax import (
     taylor_importance,
 )
 
-
-def random_tree(seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {"dense": {"kernel": draw(6, 5), "bias": draw(5)}, "conv": draw(3, 3, 2, 4)}
+SHAPES = {"dense": {"kernel": (6, 5), "bias": (5,)}, "conv": (3, 3, 2, 4)}
+random_tree = partial(normal, SHAPES)
 
 
 def masked_of(tx, grads, params):
@@ -252,8 +251,7 @@ def test_an_importance_of_another_shape_is_refused():
 
 def test_a_fused_gradient_is_seen_alike_by_search_and_mask():
     """Within one jit the gradient is an expression; the count must still be exact."""
-    rng = np.random.default_rng(4)
-    params = jnp.asarray(rng.normal(size=(200, 300)), jnp.float32)
+    params = normal((200, 300), 4)
     tx = mask_by_importance(0.9)
 
     @jax.jit
@@ -268,10 +266,7 @@ def test_a_fused_gradient_is_seen_alike_by_search_and_mask():
 
 
 def test_an_ensemble_under_vmap_chooses_model_by_model():
-    rng = np.random.default_rng(5)
-    params, grads = (
-        jnp.asarray(rng.normal(size=(4, 30, 20)), jnp.float32) for _ in range(2)
-    )
+    params, grads = (normal((4, 30, 20), seed) for seed in (5, 6))
     tx = mask_by_importance(0.9)
     states = jax.vmap(tx.init)(params)
     updates, states = jax.jit(jax.vmap(tx.update))(grads, states, params)
@@ -292,10 +287,6 @@ def test_gradients_flow_through_the_update_as_through_a_fixed_mask():
 # Importances of one's own
 
 
-def drawn(*shape):
-    return jax.random.normal(jax.random.key(sum(shape)), shape)
-
-
 class Power(eqx.Module):
     exponent: jax.Array
 
@@ -305,7 +296,7 @@ class Power(eqx.Module):
 
 def test_an_importance_is_traced_anew_and_dies_with_the_transformation():
     """As any function that a user gives to jit: whatever is callable, nothing kept."""
-    params, grads = drawn(8, 8), drawn(8, 9)[:, 1:]
+    params, grads = normal((8, 8), 0), normal((8, 8), 1)
     module = Power(jnp.float32(0.5))
     tx = mask_by_importance(0.5, importance=module)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)

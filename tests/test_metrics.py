@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
+from trees import mesh_of, place, with_ties
 
 from gsm_optax import (
     Recorder,
@@ -31,16 +33,7 @@ SPLIT = {"bias": P(), "conv": P(None, "x", "y"), "dense": P("y")}
 TOTAL = 3 * 16 * 8 + 32 * 24
 
 
-def draw(seed):
-    """Draw a tree with ties, zeros, and magnitudes over several decades."""
-    rng = np.random.default_rng(seed)
-    ties = np.float32([0, 1e-9, 1e-5, 1e-3, 0.5, 2])
-    return {
-        name: np.where(
-            rng.random(shape) < 0.3, rng.choice(ties, shape), rng.normal(size=shape)
-        ).astype(np.float32)
-        for name, shape in SHAPES.items()
-    }
+draw = partial(with_ties, SHAPES)
 
 
 def run(tx, params, steps=5, place=lambda tree: jax.tree.map(jnp.asarray, tree)):
@@ -179,27 +172,18 @@ def test_map_params_places_the_mask_like_the_parameters():
 # On meshes
 
 
-def on_mesh(kind):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
-
-    def place(tree):
-        return {
-            name: jax.device_put(leaf, NamedSharding(mesh, SPLIT[name]))
-            for name, leaf in tree.items()
-        }
-
-    return mesh, place
+MESHES = ["auto, set_mesh", "explicit"]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_eight_devices_record_what_one_does(kind):
+@pytest.mark.parametrize("mode", MESHES)
+def test_eight_devices_record_what_one_does(mode):
     tx = gsm_sgd(2**-3, 0.9, momentum=0.5, weight_decay=2**-7, track_churn=True)
-    mesh, place = on_mesh(kind)
     alone, sharded = Recorder(), Recorder()
     for step, (params, _, state) in enumerate(run(tx, draw(0), steps=3)):
         alone(step, params, state)
-    with jax.set_mesh(mesh):
-        history = run(tx, draw(0), steps=3, place=place)
+    with mesh_of(mode) as mesh:
+        put = partial(place, mesh=mesh, layout=SPLIT)
+        history = run(tx, draw(0), steps=3, place=put)
         for step, (params, _, state) in enumerate(history):
             sharded(step, params, state)
     assert sharded.records == alone.records
@@ -207,12 +191,11 @@ def test_eight_devices_record_what_one_does(kind):
     assert active.sharding.is_equivalent_to(params["dense"].sharding, 2)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_devices_exchange_no_arrays(kind):
+@pytest.mark.parametrize("mode", MESHES)
+def test_devices_exchange_no_arrays(mode):
     tx = mask_by_importance(0.9, track_churn=True)
-    mesh, place = on_mesh(kind)
-    with jax.set_mesh(mesh):
-        params = place(draw(0))
+    with mesh_of(mode) as mesh:
+        params = place(draw(0), mesh, SPLIT)
         lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
     text = lowered.compile().as_text()
     assert "all-reduce" in text
@@ -220,14 +203,14 @@ def test_devices_exchange_no_arrays(kind):
 
 
 def test_under_shard_map_with_an_axis_name():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     tx = mask_by_importance(0.9, axis_name="x", track_churn=True)
     params, grads = jnp.asarray(draw(0)["dense"]), jnp.asarray(draw(1)["dense"])
 
     def local(params, grads):
         return tx.update(grads, tx.init(params), params)[1].churn
 
-    churn = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P())
+    with mesh_of("auto", (8,), ("x",)) as mesh:
+        churn = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P())
     alone = mask_by_importance(0.9, track_churn=True)
     _, state = alone.update(grads, alone.init(params), params)
     assert jax.jit(churn)(params, grads) == churn_of(state)

@@ -7,7 +7,9 @@ import sys
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 import pytest
+from trees import normal
 
 from gsm_optax import Recorder, gsm_sgd
 from gsm_optax.freezing import periodic, single_shot
@@ -22,15 +24,11 @@ STEPS = [1, 2, 3, 4, 8]
 
 def record(tx, shapes):
     """Records of a few steps with drawn gradients, as they come back from a file."""
-    rng = np.random.default_rng(0)
-    draw = lambda: {
-        name: jnp.asarray(rng.normal(size=shape) * 1e-3, jnp.float32)
-        for name, shape in shapes.items()
-    }
-    params, recorder = draw(), Recorder()
+    draw = lambda seed: optax.tree.scale(1e-3, normal(shapes, seed))
+    params, recorder = draw(0), Recorder()
     state = tx.init(params)
     for step in STEPS:
-        _, state = tx.update(draw(), state, params)
+        _, state = tx.update(draw(step), state, params)
         recorder(step, params, state)
         params = {name: 0.3 * leaf for name, leaf in params.items()}
     return json.loads(json.dumps(recorder.records))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from oracle import active, budget
+from trees import normal
 
 from gsm_optax import (
     apply_mask,
@@ -15,15 +16,11 @@ from gsm_optax import (
     prune,
 )
 
+SHAPES = {"conv": (3, 3, 2, 4), "dense": {"bias": (5,), "kernel": (40, 50)}}
+
 
 def random_tree(seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    return {
-        "conv": draw(3, 3, 2, 4),
-        "dense": {"bias": draw(5), "kernel": draw(40, 50)},
-        "steps": jnp.arange(4),
-    }
+    return normal(SHAPES, seed, dtype) | {"steps": jnp.arange(4)}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

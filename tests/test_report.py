@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from html.parser import HTMLParser
 
 import jax
@@ -9,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from trees import normal
 
 from gsm_optax import magnitude_mask, prune, sparsity_report
 from gsm_optax.report import MAGNITUDES
 
-
-def random_tree():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {"a": draw(8, 9), "b": {"bias": draw(7), "kernel": draw(2, 3, 4)}}
+random_tree = partial(normal, {"a": (8, 9), "b": {"bias": (7,), "kernel": (2, 3, 4)}})
 
 
 def test_counts_are_those_of_numpy():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import normal
 
 from gsm_optax import (
     decay_budget,
@@ -97,9 +98,7 @@ def test_float32_and_other_leaves_are_left_as_they_are():
 
 
 def test_bits_are_the_same_on_any_mesh():
-    rng = np.random.default_rng(1)
-    params = jnp.asarray(rng.normal(size=(16, 8)), jnp.bfloat16)
-    update = jnp.asarray(1e-3 * rng.normal(size=(16, 8)), jnp.float32)
+    params, update = normal((16, 8), 1, jnp.bfloat16), 1e-3 * normal((16, 8), 2)
     want = wide(jax.jit(one_step)(params, update))
     kinds = jax.sharding.AxisType
     for kind in (kinds.Auto, kinds.Explicit):
@@ -134,8 +133,7 @@ def test_seeds_steps_and_leaves_draw_their_own_bits():
 
 
 def test_what_prunes_and_freezes_works_around_it():
-    rng = np.random.default_rng(2)
-    params = {name: jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16) for name in "ab"}
+    params = normal({"a": (8, 8), "b": (8, 8)}, 2, jnp.bfloat16)
     tx = freeze_blocks(
         stochastic_rounding(gsm_sgd(0.1, 0.5)), single_shot(0, 1, blocks=1), ["a", "b"]
     )

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
+from trees import assert_same, mesh_of, place, place_scalars, with_ties
 
 from gsm_optax import (
     _reductions,
@@ -61,37 +63,7 @@ def few(tree):
     return {name: tree[name] for name in ("both", "uneven", "bias")}
 
 
-@contextlib.contextmanager
-def mesh_of(mode, shape=(4, 2), names=("x", "y")):
-    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
-    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
-    with contextlib.nullcontext() if mode == "auto" else jax.set_mesh(mesh):
-        yield mesh
-
-
-def draw(seed, shapes=SHAPES):
-    """Draw a tree with many ties, zeros, and magnitudes over several decades."""
-    rng = np.random.default_rng(seed)
-    values = np.float32([0, 1e-3, 0.5, 1, 2, 30])
-    return {
-        name: np.where(
-            rng.random(shape) < 0.3, rng.choice(values, shape), rng.normal(size=shape)
-        ).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def place(tree, mesh, layout):
-    return {
-        name: jax.device_put(leaf, NamedSharding(mesh, layout[name]))
-        for name, leaf in tree.items()
-    }
-
-
-def place_scalars(state, mesh):
-    """Copy the scalars of a state to all devices: its big leaves are where they are."""
-    everywhere = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+draw = partial(with_ties, SHAPES)
 
 
 def make_step(tx):
@@ -120,16 +92,6 @@ def train(step, params, state, place_grads=lambda grads: grads, steps=4):
     return history
 
 
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype
-        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
-
-
 @pytest.fixture(scope="module")
 def on_one_device():
     tx, params = optimizer(), jax.tree.map(jnp.asarray, draw(0))
@@ -154,7 +116,7 @@ def test_training_equals_one_device_and_keeps_its_sharding(mode, layout, on_one_
         counted = jax.jit(lambda *args: traced.append(1) or step(*args))
         put = lambda grads: place(grads, mesh, layout)
         history = train(counted, params, state, put)
-    assert_same_bits(history, on_one_device)
+    assert_same(history, on_one_device)
     assert len(traced) == 1  # later steps do not compile again
     for tree in (history[-1][0], optax.tree.get(history[-1][1], "trace")):
         for name, leaf in tree.items():
@@ -182,7 +144,7 @@ def test_sizes_that_no_axis_divides_may_be_split():
             return tx.update(grads, tx.init(params), params)
 
         put = lambda tree: place(tree, mesh, LAYOUTS["replicated"])
-        assert_same_bits(jax.jit(update)(put(grads), put(params)), expected)
+        assert_same(jax.jit(update)(put(grads), put(params)), expected)
 
 
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
@@ -191,8 +153,8 @@ def test_pruning_equals_one_device_and_keeps_its_sharding(mode):
     with mesh_of(mode) as mesh:
         params = place(alone, mesh, LAYOUTS["mixed"])
         mask, pruned = magnitude_mask(params, 0.9), prune(params, 0.9)
-    assert_same_bits(mask, magnitude_mask(alone, 0.9))
-    assert_same_bits(pruned, prune(alone, 0.9))
+    assert_same(mask, magnitude_mask(alone, 0.9))
+    assert_same(pruned, prune(alone, 0.9))
     for name, leaf in pruned.items():
         assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
 
@@ -406,7 +368,7 @@ def test_shard_map_with_axis_names_equals_one_device(layout, on_one_device):
         params = put(draw(0))
         state = place_scalars(tx.init(params), mesh)
         step = shard_mapped(tx, mesh, params, state, check_vma=True)
-        assert_same_bits(train(step, params, state, put), on_one_device)
+        assert_same(train(step, params, state, put), on_one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -414,15 +376,15 @@ def test_shard_map_over_one_named_axis_equals_one_device(check_vma):
     """Unchecked, every prunable leaf must be split over the axis, as all are here."""
     shapes = {"a": (16, 5), "b": (8, 3, 7), "bias": (9,)}
     layout = {"a": P("data"), "b": P("data"), "bias": P()}
-    alone, params = optimizer(), jax.tree.map(jnp.asarray, draw(0, shapes))
-    grads = draw(1, shapes)
+    alone, params = optimizer(), jax.tree.map(jnp.asarray, with_ties(shapes, 0))
+    grads = with_ties(shapes, 1)
     expected = jax.jit(make_step(alone))(params, alone.init(params), grads)
     with mesh_of("auto", (8,), ("data",)) as mesh:
         tx, put = optimizer(axis_name="data"), lambda t: place(t, mesh, layout)
         params = put(params)
         state = place_scalars(tx.init(params), mesh)
         step = shard_mapped(tx, mesh, params, state, check_vma=check_vma)
-        assert_same_bits(step(params, state, put(grads)), expected)
+        assert_same(step(params, state, put(grads)), expected)
 
 
 def test_shard_map_exchanges_one_small_all_reduce_a_pass():
@@ -445,7 +407,7 @@ NONE = pytest.raises(ValueError, match=r"Pass axis_name=\(\) if each holds them 
 def test_data_parallelism_with_copies_of_the_parameters(around, axis_name):
     """The most common loop: gradients are averaged, every device holds all."""
     alone, tx = optimizer(), optimizer(axis_name=axis_name)
-    params = {k: jnp.round(64 * p) / 64 for k, p in draw(0, COPIES).items()}
+    params = {k: jnp.round(64 * p) / 64 for k, p in with_ties(COPIES, 0).items()}
     batch = jnp.arange(-4.0, 4.0).reshape(8, 1)  # all products and means are exact
     loss = lambda params, x: sum(jnp.sum(x) * jnp.sum(p**2) for p in params.values())
     state = tx.init(params)
@@ -476,7 +438,7 @@ def test_data_parallelism_with_copies_of_the_parameters(around, axis_name):
             if axis_name is None and around != "checked"
             else (contextlib.nullcontext())
         ):
-            assert_same_bits(jax.device_get(step(params, state, batch)), expected)
+            assert_same(jax.device_get(step(params, state, batch)), expected)
 
 
 def test_devices_that_would_choose_apart_are_refused():
@@ -514,18 +476,18 @@ def test_shardings_that_only_jit_knows(form):
         layout = {name: NamedSharding(mesh, LAYOUTS["mixed"][name]) for name in params}
         jitted = jax.jit(update, in_shardings=(layout, layout))
         if form == "arrays":
-            assert_same_bits(jitted(grads, params), expected)
+            assert_same(jitted(grads, params), expected)
         elif form == "shapes":
             shapes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (grads, params)
             )
-            assert_same_bits(jitted.lower(*shapes).compile()(grads, params), expected)
+            assert_same(jitted.lower(*shapes).compile()(grads, params), expected)
         elif form == "init inside":
             inside = jax.jit(lambda: update(grads, params)[0], out_shardings=layout)
-            assert_same_bits(inside(), expected[0])
+            assert_same(inside(), expected[0])
         else:
             pruned = jax.jit(lambda p: prune(p, 0.8), in_shardings=(layout,))(params)
-            assert_same_bits(pruned, prune(params, 0.8))
+            assert_same(pruned, prune(params, 0.8))
 
 
 def normalised(param, grad):
@@ -660,4 +622,4 @@ def test_a_mesh_of_one_device_is_one_device(mode, on_one_device):
         state = place_scalars(tx.init(params), mesh)
         put = lambda grads: place(grads, mesh, LAYOUTS["mixed"])
         history = train(jax.jit(make_step(tx)), params, state, put)
-    assert_same_bits(history, on_one_device)
+    assert_same(history, on_one_device)
