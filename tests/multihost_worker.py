@@ -20,7 +20,6 @@ STEPS = 5
 LAYOUT = {
     "both": ((32, 48), P("x", "y")),
     "flat": ((24, 16), P(("x", "y"))),
-    "tensor": ((6, 5, 64), P(None, None, "y")),
     "replicated": ((7, 5), P()),
     "bias": ((40,), P("x")),
 }

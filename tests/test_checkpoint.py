@@ -21,7 +21,6 @@ from gsm_optax import (
     gsm,
     gsm_sgd,
     magnitude_mask,
-    mask_by_importance,
 )
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "resume.py"
@@ -88,13 +87,13 @@ def gradients(step):
 
 
 TRANSFORMATIONS = {
-    "mask_by_importance": mask_by_importance(0.75),
     "gsm": gsm(0.75, accumulator_dtype=jnp.float32),
     "gsm_sgd, schedules": gsm_sgd(
-        optax.linear_schedule(0.1, 0.0, 10), optax.linear_schedule(0.0, 0.75, 5)
+        optax.linear_schedule(0.1, 0.0, 10),
+        optax.linear_schedule(0.0, 0.75, 5),
+        track_churn=True,
     ),
     "freeze_pruned": freeze_pruned(magnitude_mask(parameters(), 0.5)),
-    "track_churn": gsm_sgd(0.1, 0.75, track_churn=True),
     # A name, because jnp.float32 can be called and would be taken for a schedule.
     "inject_hyperparams": optax.inject_hyperparams(
         gsm_sgd, hyperparam_dtype=jnp.float32
@@ -152,7 +151,9 @@ def placed(tree, mesh):
     return jax.tree.map(place, tree)
 
 
+# One row has every kind of leaf: like the parameters, their masks, and scalars.
 @pytest.mark.promotes
+@pytest.mark.parametrize("tx", ["gsm_sgd, schedules"], indirect=True)
 def test_every_state_moves_to_another_mesh(tx, tmp_path):
     """Saved from eight devices, restored onto two, and then as on one."""
     kinds = (AxisType.Auto,)

@@ -50,8 +50,14 @@ def test_every_step_is_the_papers(ratio, nesterov, dtype, rtol):
                 )
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "wrap"),
+    [
+        (jnp.float32, lambda f: f),
+        (jnp.float32, jax.jit),
+        (jnp.bfloat16, jax.jit),
+    ],
+)
 def test_ratio_zero_is_optax_sgd_bit_for_bit(dtype, wrap):
     rng = np.random.default_rng(6)
     params = {"kernels": draw(rng, dtype, "zeros"), "bias": jnp.ones(4, dtype)}
@@ -100,9 +106,9 @@ def test_a_pruned_weight_stays_pruned():
     params = prune(draw(rng, jnp.float32, "normal"), 0.8)
     zeros = [np.asarray(p == 0) for p in params]
     tx = gsm_sgd(0.1, 0.3)  # a budget that would have room for some of the zeros
-    state = tx.init(params)
+    state, step = tx.init(params), jax.jit(tx.update)
     for _ in range(20):
-        updates, state = tx.update(draw(rng, jnp.float32, "normal"), state, params)
+        updates, state = step(draw(rng, jnp.float32, "normal"), state, params)
         params = optax.apply_updates(params, updates)
     for p, zero in zip(params, zeros, strict=True):
         assert (np.asarray(p)[zero] == 0).all()

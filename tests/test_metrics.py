@@ -61,13 +61,13 @@ def churn_of(state):
 # Churn
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize(
-    ("importance", "score"),
+    ("ratio", "importance", "score"),
     [
-        (None, lambda w, g: np.abs(w * g)),
-        (magnitude_importance, lambda w, g: np.abs(w)),
-        (gradient_importance, lambda w, g: np.abs(g)),
+        (0.0, None, lambda w, g: np.abs(w * g)),
+        (0.5, None, lambda w, g: np.abs(w * g)),
+        (0.5, magnitude_importance, lambda w, g: np.abs(w)),
+        (0.999, gradient_importance, lambda w, g: np.abs(g)),
     ],
 )
 def test_churn_is_that_of_numpy(ratio, importance, score):
@@ -83,11 +83,6 @@ def test_churn_is_that_of_numpy(ratio, importance, score):
         for name, mask in zip(KERNELS, now, strict=True):
             np.testing.assert_array_equal(optax.tree.get(state, "active")[name], mask)
         before = now
-
-
-def test_churn_at_the_first_step_is_the_number_of_active_entries():
-    ((_, _, state),) = run(gsm(0.9, track_churn=True), draw(0), steps=1)
-    assert churn_of(state) == optax.tree.get(state, "num_active") > 0
 
 
 def test_watching_changes_nothing():
@@ -106,8 +101,9 @@ def test_the_same_gradients_again_are_no_churn():
         jax.tree.map(jnp.asarray, draw(0)),
     )
     grads, state = jax.tree.map(jnp.asarray, draw(1)), tx.init(params)
-    _, state = tx.update(grads, state, params)
-    _, state = tx.update(grads, state, params)
+    update = jax.jit(tx.update)
+    _, state = update(grads, state, params)
+    _, state = update(grads, state, params)
     assert churn_of(state) == 0
 
 
@@ -146,18 +142,12 @@ def test_leaves_without_gradient_and_other_types_pass():
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-        lambda tx: optax.apply_if_finite(tx, 3),
-        lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
-        lambda tx: optax.partition({"all": tx}, "all"),
-    ],
-)
-def test_churn_can_be_read_through_wrappers(wrap):
-    bare = run(gsm_sgd(2**-3, 0.9, track_churn=True), draw(0), steps=1)[-1][2]
-    tx = wrap(gsm_sgd(2**-3, 0.9, track_churn=True))
+def test_churn_can_be_read_through_wrappers():
+    tx = gsm_sgd(2**-3, 0.9, track_churn=True)
+    bare = run(tx, draw(0), steps=1)[-1][2]
+    tx = optax.MultiSteps(optax.partition({"all": tx}, "all"), 1)
+    tx = optax.apply_if_finite(tx.gradient_transformation(), 3)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
     params, _, state = run(tx, draw(0), steps=1)[-1]
     assert metrics(params, state)["gsm/churn"] == churn_of(bare)
 

@@ -51,6 +51,7 @@ def test_runs_on_digits(tmp_path, monkeypatch):
     assert shown.count("text/html") == 2
 
 
+@pytest.mark.slow
 def test_fashion_mnist_without_a_network_fails_at_once_in_plain_words(
     tmp_path, monkeypatch
 ):

@@ -4,13 +4,11 @@ import gzip
 import json
 import re
 import struct
-import subprocess
 import sys
 import time
 import types
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +27,6 @@ from gsm_optax import apply_mask, magnitude_mask
 
 # optax's schedules and flax's batch normalisation promote.
 pytestmark = pytest.mark.promotes
-
-ROOT = Path(__file__).parent.parent
-
 
 # Models
 
@@ -319,7 +314,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, capfd):
         tmp_path / name, Normalised(nnx.Rngs(0)), noise(), 4, until
     )
     graph, whole = run("whole")
-    assert (int(run("cut", 3)[1].step), int(run("cut", 6)[1].step)) == (3, 6)
+    assert int(run("cut", 5)[1].step) == 5  # in the middle of the second epoch
     cut = run("cut")[1]
     assert digest(cut) == digest(whole)
     assert digest(run("cut")[1]) == digest(whole)  # nothing is left to do
@@ -327,7 +322,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, capfd):
     assert scores[0] == scores[1]
     lines = capfd.readouterr().err.splitlines()  # no terminal: a line for each run
     assert [line.split(",")[0] for line in lines if line.startswith("test")] == [
-        f"test: {steps} steps" for steps in (8, 3, 6, 8)
+        f"test: {steps} steps" for steps in (8, 5, 8)
     ]
 
 
@@ -351,9 +346,10 @@ def mlp(change):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = nnx.merge(*mlp(lambda x: x * jnp.nan))
+    model = Normalised(nnx.Rngs(0))
+    model.head.bias[...] *= jnp.nan
     with pytest.raises(FloatingPointError, match="loss is nan after 3 steps"):
-        two_epochs(tmp_path, model, load("digits"), 64, 3)
+        two_epochs(tmp_path, model, noise(), 4, 3)
 
 
 def test_evaluation_counts_hits():
@@ -430,6 +426,7 @@ def test_a_row_is_run_once_cut_off_or_not(tmp_path, phases):
             experiment.run(recipe, 0, tmp_path, **kind)
 
 
+@pytest.mark.slow
 def test_tickets_are_survivors_with_the_weights_of_before(tmp_path, phases):
     recipe = replace(SHORT, name="tickets", tickets=1, dense=Phase(3, 5e-2))
     record = experiment.run(recipe, 0, tmp_path)
@@ -517,13 +514,8 @@ def test_command_line(tmp_path, capsys):
     main(["list"])
     listed = capsys.readouterr().out
     assert all(f"`{name}`" in listed for name in RECIPES)
-    command = ("-m", "examples.paper", "run", "cifar-resnet56-10x", "--data", tmp_path)
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode != 0
-    assert "error: cifar10 is not on this machine" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match=r"^error: cifar10 is not on this"):
+        main(["run", "cifar-resnet56-10x", "--data", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,13 @@ def random_tree(seed=0, dtype=jnp.float32):
     return normal(SHAPES, seed, dtype) | {"steps": jnp.arange(4)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1 - 1 / 60, 0.9995])
+@pytest.mark.parametrize(
+    ("ratio", "dtype"),
+    [
+        *((ratio, jnp.float32) for ratio in (0.0, 0.1, 1 - 1 / 60, 0.9995)),
+        (0.5, jnp.bfloat16),
+    ],
+)
 def test_the_q_greatest_of_the_whole_model_survive(ratio, dtype):
     params = random_tree(dtype=dtype)
     pruned = prune(params, ratio)
@@ -171,11 +176,12 @@ def test_frozen_zeros_stay_zero_and_the_rest_trains_as_before(tx):
     frozen = optax.chain(tx, freeze_pruned(mask))
     rng = np.random.default_rng(1)
     plain_params, plain_state, state = params, tx.init(params), frozen.init(params)
+    plain_update, update = jax.jit(tx.update), jax.jit(frozen.update)
     for _ in range(10):
         grads = {"kernel": jnp.asarray(rng.normal(size=(40, 50)), jnp.float32)}
-        updates, state = frozen.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        updates, plain_state = tx.update(
+        updates, plain_state = plain_update(
             grads, plain_state, apply_mask(plain_params, mask)
         )
         plain_params = optax.apply_updates(plain_params, updates)
@@ -231,13 +237,14 @@ def test_what_keeps_the_zeros_of_pruning_in_mid_training(way):
     tx = gsm_sgd(0.1, ratio=0.8)
     state = tx.init(params)
     grads = {"kernel": random_tree(1)["dense"]["kernel"]}
-    _, state = tx.update(grads, state, params)
+    _, state = jax.jit(tx.update)(grads, state, params)
     mask = magnitude_mask(params, 0.8)
     params = prune(params, 0.8)
     tx, state = prepare(tx, mask, state, params)
+    update = jax.jit(tx.update)
     for seed in (2, 3):
         grads = {"kernel": random_tree(seed)["dense"]["kernel"]}
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert jnp.count_nonzero(params["kernel"]) == density * 2000
 
