@@ -6,7 +6,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What `pytest -m core` runs, which is to pass on any Python and JAX within two minutes:
+# What any Python and JAX is to pass within two minutes, `pytest -m core`: the files
+# whose names start like this.
 CORE = (
     "test_selection",
     "test_masking",
@@ -14,31 +15,12 @@ CORE = (
     "test_freezing",
     "test_contracts",
 )
-# files whose name starts like one of these, without their slowest tests.
-NOT_CORE = (
-    "test_auto_mesh_one_all_reduce_a_pass_if_all_is_split_alike",
-    "test_bfloat16_keeps_its_dtype",
-    "test_budget_is_exact_for_any_static_ratio",
-    "test_choice_is_the_definition_over_the_leaves_that_take_part",
-    "test_devices_exchange_as_many_bytes_for_larger_leaves",
-    "test_devices_exchange_as_often_for_more_leaves",
-    "test_devices_exchange_scalars_only",
-    "test_flatten_needs_prunable_and_chooses_the_same",
-    "test_gradients_through_update_are_those_of_the_finite_difference",
-    "test_halves_round_to_even",
-    "test_injected_is_the_plain_one",
-    "test_nested_it_freezes_what_either_freezes",
-    "test_the_rest_trains_as_though_the_frozen_blocks_were_not_there",
-    "test_transformer_step_compiles_from_shapes_alone",
-    "test_without_a_frozen_block_it_is_the_optimizer_itself",
-)
 
 
 def pytest_collection_modifyitems(items):
     """Mark the core tests."""
     for item in items:
-        name = getattr(item, "originalname", item.name)
-        slow = item.get_closest_marker("slow") or name in NOT_CORE
+        slow = item.get_closest_marker("slow")
         if item.path.stem.startswith(CORE) and not slow:
             item.add_marker("core")
 
@@ -47,8 +29,8 @@ def pytest_collection_modifyitems(items):
 def _compile_once(tmp_path_factory):
     """Let tests share what they compile, which is most of what they do.
 
-    In a folder of this session: a cache that outlives it could be left broken by a run
-    that was killed.
+    In a folder of this session and worker: JAX writes it without a lock, and a cache
+    that outlives the session could be left broken by a run that was killed.
     """
     folder = tmp_path_factory.mktemp("compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder))
