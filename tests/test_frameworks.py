@@ -87,16 +87,6 @@ def as_dict():
     return *train(values(), predict), lambda tree: tree
 
 
-def as_tuples():
-    start = tuple((layer["kernel"], layer["bias"]) for layer in values().values())
-    predict = lambda p, x: mlp(*p[0], *p[1], x)
-    read = lambda tree: {
-        name: dict(zip(("kernel", "bias"), layer, strict=True))
-        for name, layer in zip(("dense", "head"), tree, strict=True)
-    }
-    return *train(start, predict), read
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["kernel", "bias"],
@@ -203,7 +193,6 @@ def as_equinox():
 
 
 FRAMEWORKS = {
-    "tuples": as_tuples,
     "dataclasses": as_dataclasses,
     "nnx": as_nnx,
     "linen": as_linen,
@@ -277,7 +266,6 @@ def test_report_and_metrics_read_it(trained):
 
 def test_paths_are_named_as_people_name_them(request, trained):
     paths = {
-        "tuples": ["0/0", "0/1", "1/0", "1/1"],
         "dataclasses": ["0/kernel", "0/bias", "1/kernel", "1/bias"],
         "nnx": NAMES,
         "linen": NAMES,
