@@ -69,8 +69,8 @@ def tempered_importance(power: float = 0.5) -> Importance:
         >>> import jax.numpy as jnp
         >>> from gsm_optax import tempered_importance
         >>> score = tempered_importance(0.5)
-        >>> score(jnp.array([2.0, -3.0]), jnp.array([0.25, -0.01])).round(2).tolist()
-        [1.0, 0.3...]
+        >>> score(jnp.array([2.0, -3.0]), jnp.array([0.25, -0.0625])).round(2).tolist()
+        [1.0, 0.75]
     """
     if not (is_static(power) and 0 <= power <= 1):
         raise ValueError(
