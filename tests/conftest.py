@@ -6,8 +6,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What any Python and JAX is to pass within two minutes, `pytest -m core`: the files
-# whose names start like this.
+# What `pytest -m core` runs, which is to pass on any Python and JAX within two minutes:
 CORE = (
     "test_selection",
     "test_masking",
@@ -15,12 +14,30 @@ CORE = (
     "test_freezing",
     "test_contracts",
 )
+# files whose name starts like one of these, without their slowest tests.
+NOT_CORE = (
+    "test_auto_mesh_one_all_reduce_a_pass_if_all_is_split_alike",
+    "test_bfloat16_keeps_its_dtype",
+    "test_budget_is_exact_for_any_static_ratio",
+    "test_choice_is_the_definition_over_the_leaves_that_take_part",
+    "test_devices_exchange_as_many_bytes_for_larger_leaves",
+    "test_devices_exchange_as_often_for_more_leaves",
+    "test_devices_exchange_scalars_only",
+    "test_flatten_needs_prunable_and_chooses_the_same",
+    "test_gradients_through_update_are_those_of_the_finite_difference",
+    "test_injected_is_the_plain_one",
+    "test_nested_it_freezes_what_either_freezes",
+    "test_the_rest_trains_as_though_the_frozen_blocks_were_not_there",
+    "test_transformer_step_compiles_from_shapes_alone",
+    "test_without_a_frozen_block_it_is_the_optimizer_itself",
+)
 
 
 def pytest_collection_modifyitems(items):
     """Mark the core tests."""
     for item in items:
-        slow = item.get_closest_marker("slow")
+        name = getattr(item, "originalname", item.name)
+        slow = item.get_closest_marker("slow") or name in NOT_CORE
         if item.path.stem.startswith(CORE) and not slow:
             item.add_marker("core")
 
