@@ -18,7 +18,13 @@ import optax
 from tqdm import tqdm
 
 import gsm_optax
-from gsm_optax import MaskByImportanceState, gsm_sgd, kernels, taylor_importance
+from gsm_optax import (
+    MaskByImportanceState,
+    gsm_sgd,
+    kernels,
+    taylor_importance,
+    tempered_importance,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,9 +47,16 @@ def decayed_sgd() -> optax.GradientTransformation:
     return optax.chain(decay, sgd())
 
 
-def gsm() -> optax.GradientTransformation:
+def gsm(**settings: Any) -> optax.GradientTransformation:
     """Return what is measured: the whole optimizer of this library."""
-    return gsm_sgd(LEARNING_RATE, RATIO, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    settings = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY} | settings
+    return gsm_sgd(LEARNING_RATE, RATIO, **settings)
+
+
+def beyond_gsm() -> optax.GradientTransformation:
+    """Return the same with all that goes beyond the paper, but for the ramp."""
+    power = tempered_importance(0.5)
+    return gsm(importance=power, smoothing=0.99, passive_decay=3e-2)
 
 
 def top_k(scores: jax.Array, kept: int) -> jax.Array:

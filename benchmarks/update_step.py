@@ -122,6 +122,7 @@ def measure(name, run, steps):
         common.Stepper("decay, then sgd", common.decayed_sgd(), run.params, grads),
         warm,
         common.Stepper("gsm, cold", common.gsm(), run.params, grads, cold=True),
+        common.Stepper("gsm, tempered", common.beyond_gsm(), run.params, grads),
     ]
     found, notes = peers(run.params, grads)
     contenders += found
