@@ -472,7 +472,7 @@ def test_curve_draws_every_method_at_every_compression(tmp_path):
     for axis in (upper, lower):
         lines = {x.get_label(): x.lines[0].get_xydata() for x in axis.containers}
         assert set(lines) == set(curve.LINES)
-        np.testing.assert_array_equal(lines["ours"], [[20, 89], [60, 89]])
+        np.testing.assert_array_equal(lines["GSM, tempered"], [[20, 89], [60, 89]])
         np.testing.assert_array_equal(lines["dense"], [[60, 89]])
     assert [x.get_text() for x in lower.get_xticklabels()] == ["20x", "60x"]
 

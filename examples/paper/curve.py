@@ -15,13 +15,13 @@ NETWORK = "fashion-lenet300"
 # What is drawn: the recipes whose names go on so, a column of theirs, and its look.
 LINES = {
     "dense": ("", "dense", {"color": "black", "linestyle": ":"}),
-    "ours": ("-tempered", "GSM pruned", {"color": "#0072b2", "marker": "o"}),
+    "GSM, tempered": ("-tempered", "GSM pruned", {"color": "#0072b2", "marker": "o"}),
     "gradual magnitude": (
         "-tempered",
         "gradual",
         {"color": "#e69f00", "marker": "s", "linestyle": "--"},
     ),
-    "GSM as in the paper": (
+    "GSM, the paper's": (
         "",
         "GSM pruned",
         {"color": "#56b4e9", "marker": "^", "linestyle": "-."},
@@ -58,8 +58,8 @@ def draw(results: Path, output: Path) -> plt.Figure:
         reach = [mean - [min(points[c]) for c in x], [max(points[c]) for c in x] - mean]
         for axis in axes:
             axis.errorbar(x, mean, reach, label=label, capsize=3, markersize=5, **look)
-    axes[0].set_ylim(83, 91)
-    axes[1].set_ylim(0, 83)
+    axes[0].set_ylim(81, 91)
+    axes[1].set_ylim(0, 70)
     axes[0].set_xscale("log")
     axes[1].set_xticks(sorted(sizes), [f"{c:g}x" for c in sorted(sizes)])
     axes[1].minorticks_off()
