@@ -185,6 +185,24 @@ def test_constants_of_heads_go_into_the_bias_after_them():
     same(fn, params, fn, small, (x,))
 
 
+@pytest.mark.parametrize(
+    ("column", "filling", "left"), [(0.7, 0, 6), (0, 5, 6), (0, 0, 5)]
+)
+def test_rows_out_of_bounds_are_not_what_is_in_the_table(column, filling, left):
+    """No input of the check is out of bounds, but later ones may be."""
+
+    def fn(params, ids):
+        h = jnp.take(params["w0"], ids, axis=0, mode="fill", fill_value=filling)
+        return h @ params["w1"] + params["b1"]
+
+    params = layers(5, 6, 2)
+    del params["b0"]
+    params["w0"][:, 1] = column
+    small, plan = shrink(params, find_units(fn, params, jnp.arange(3)))
+    assert [len(family.kept) for family in plan.families] == [left]
+    same(fn, params, fn, small, (jnp.array([1, 9]),))
+
+
 def test_normalised_channels_go_with_their_scale_and_bias():
     """Statistics that were passed with the parameters need not be zero."""
     fn, params, inputs = zoo.resnet()

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from gsm_optax.units._axes import (
     Axis,
@@ -128,12 +130,26 @@ def gather(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         if i not in dims.collapsed_slice_dims:
             place = next(offsets)
             axes[place] = axis if whole else walk.new_pinned(eqn, shape[place])
+            axes[place] = with_values(axes[place], _filled(eqn, axes[place]["value"]))
     *rows, vector = indices.axes
     walk.pin(eqn, vector)
     places = [i for i in range(len(shape)) if i not in dims.offset_dims]
     for place, axis in zip(places, rows, strict=True):
         axes[place] = forget(axis)
-    return Value(tuple(axes), operand.number)
+    return Value(tuple(axes), float(_filled(eqn, operand.number)))
+
+
+def _filled(eqn: Any, values: Any) -> Any:
+    """What is known where some of the indices may be out of bounds.
+
+    A filling of NaN, which is that of floating-point numbers, shows by itself.
+    """
+    if eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP:
+        return values
+    filling = eqn.params["fill_value"]
+    if filling is None and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        return values
+    return same_number([values, np.nan if filling is None else filling])
 
 
 def dynamic_slice(walk: Any, eqn: Any, args: list[Value]) -> Value:
