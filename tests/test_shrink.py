@@ -324,6 +324,7 @@ def test_module_that_keeps_its_sizes_is_checked_when_it_is_built_anew():
     assert plan.shapes["params/Dense_0/kernel"] == ((5, 2), (left, 2))
     plan.check(small_fn, pruned, small)
     assert f"5x2    {left}x2" in str(plan)
+    assert "plan.check(new_fn, params, small)" in str(plan)
 
 
 @pytest.mark.promotes

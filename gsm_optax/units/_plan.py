@@ -135,7 +135,13 @@ class Plan:
             shapes.append([name, *("x".join(map(str, shape)) for shape in pair)])
         before, after = self._entries()
         total = f"{after:,} of {before:,} entries stay ({after / before:.1%})"
-        return f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
+        text = f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
+        if all(plan.family.is_traced for plan in self._changed):
+            return text
+        return (
+            f"{text}\n\nfn may keep its sizes: build it anew with the smaller ones, "
+            "and compare with\nplan.check(new_fn, params, small)."
+        )
 
     def _why(self) -> str:
         if any(plan.held for plan in self.families):
