@@ -325,6 +325,10 @@ def test_module_that_keeps_its_sizes_is_checked_when_it_is_built_anew():
     plan.check(small_fn, pruned, small)
     assert f"5x2    {left}x2" in str(plan)
     assert "plan.check(new_fn, params, small)" in str(plan)
+    tx = optax.adam(0.1)  # whose parameters are one of the collections
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    state = plan.apply(tx.init(params["params"]))
+    assert shapes(state) == shapes(tx.init(small["params"]))
 
 
 @pytest.mark.promotes

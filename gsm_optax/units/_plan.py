@@ -53,8 +53,8 @@ class Plan:
 
         Args:
             tree: like the parameters; or an optimizer's state, a mask, an average,
-                whose paths end as those of the parameters. Other leaves stay as they
-                are.
+                whose paths end as those of the parameters, with or without linen's
+                "params" before them. Other leaves stay as they are.
 
         Returns:
             The same tree with smaller arrays. Nothing is written over.
@@ -72,6 +72,10 @@ class Plan:
                 strict=True,
             )
         }
+        # The optimizer of a linen module has but one of its collections.
+        prefix = str(jax.tree_util.DictKey("params"))
+        inside = [path for path in wanted if len(path) > 1 and path[0] == prefix]
+        wanted = {path[1:]: wanted[path] for path in inside} | wanted
         leaves, treedef = jax.tree.flatten(tree)
         names = leaf_names(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
