@@ -185,6 +185,24 @@ def test_constants_of_heads_go_into_the_bias_after_them():
     same(fn, params, fn, small, (x,))
 
 
+@pytest.mark.parametrize(
+    ("column", "filling", "left"), [(0.7, 0, 6), (0, 5, 6), (0, 0, 5)]
+)
+def test_rows_out_of_bounds_are_not_what_is_in_the_table(column, filling, left):
+    """No input of the check is out of bounds, but later ones may be."""
+
+    def fn(params, ids):
+        h = jnp.take(params["w0"], ids, axis=0, mode="fill", fill_value=filling)
+        return h @ params["w1"] + params["b1"]
+
+    params = layers(5, 6, 2)
+    del params["b0"]
+    params["w0"][:, 1] = column
+    small, plan = shrink(params, find_units(fn, params, jnp.arange(3)))
+    assert [len(family.kept) for family in plan.families] == [left]
+    same(fn, params, fn, small, (jnp.array([1, 9]),))
+
+
 def test_normalised_channels_go_with_their_scale_and_bias():
     """Statistics that were passed with the parameters need not be zero."""
     fn, params, inputs = zoo.resnet()
@@ -306,6 +324,11 @@ def test_module_that_keeps_its_sizes_is_checked_when_it_is_built_anew():
     assert plan.shapes["params/Dense_0/kernel"] == ((5, 2), (left, 2))
     plan.check(small_fn, pruned, small)
     assert f"5x2    {left}x2" in str(plan)
+    assert "plan.check(new_fn, params, small)" in str(plan)
+    tx = optax.adam(0.1)  # whose parameters are one of the collections
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    state = plan.apply(tx.init(params["params"]))
+    assert shapes(state) == shapes(tx.init(small["params"]))
 
 
 @pytest.mark.promotes

@@ -250,6 +250,13 @@ def test_table_says_what_is_in_a_unit_and_what_pins_an_axis():
     assert "output        1  v[1]" in text
 
 
+def test_table_says_where_fn_keeps_sizes():
+    ones = np.ones((1, 6), np.float32)
+    units = find_units(lambda p, x: two_layers(p | {"b": ones}, x), TWO, sample((2, 3)))
+    assert not units.families[0].is_traced
+    assert "\n\nfn keeps sizes of family 0: it has to be built anew" in str(units)
+
+
 def test_program_is_followed_from_shapes_alone():
     struct = jax.ShapeDtypeStruct((2, 3), F32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TWO)
@@ -263,6 +270,8 @@ def test_errors_say_what_to_give():
     x = sample((2, 3))
     with pytest.raises(ValueError, match="takes the parameters first"):
         find_units(lambda x: x, TWO, x)
+    with pytest.raises(ValueError, match="train=False, belongs into the lambda"):
+        find_units(lambda params, x, train: x if train else -x, TWO, x, False)
     with pytest.raises(ValueError, match="uses none of the parameters"):
         find_units(lambda params, x: x, TWO, x)
     with pytest.raises(ValueError, match=r"(?s)no units.*w\[0\] by input"):

@@ -110,6 +110,23 @@ def _slabs(array: np.ndarray, axis: int) -> np.ndarray:
     return np.where(same, np.real(first).astype(np.float64), np.nan)
 
 
+def with_values(axis: Axis, values: Any) -> Axis:
+    """The axis, with other values."""
+    axis = axis.copy()
+    axis["value"] = values
+    return axis
+
+
+def forget(axis: Axis) -> Axis:
+    """The axis, of whose values nothing is known."""
+    return with_values(axis, np.nan)
+
+
+def zeros_only(axis: Axis) -> Axis:
+    """The axis, with only the zeros of its values."""
+    return with_values(axis, np.where(axis["value"] == 0, 0.0, np.nan))
+
+
 def same_number(numbers: Iterable[Any]) -> Any:
     """The number that all are equal to, element by element, or NaN."""
     first, *others = numbers

@@ -35,6 +35,8 @@ def find_units(fn: Callable[..., Any], params: Any, *inputs: Any) -> Units:
       variables of a linen module, `lambda variables, x: model.apply(variables, x)`. As
       an input they pin the channels.
     * A function without randomness: dropout's noise pins what it multiplies.
+    * `jnp.einsum` of three or more operands chooses their order by their sizes, which
+      pins those; not so with `optimize=False`, or as products of two.
     * Modules that check their sizes, such as all of linen's, cannot be traced with
       fewer units. Their families are as true, for the module that is built anew with
       other sizes; the dimensions of attention are then left out, since it scales by

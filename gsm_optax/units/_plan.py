@@ -53,8 +53,8 @@ class Plan:
 
         Args:
             tree: like the parameters; or an optimizer's state, a mask, an average,
-                whose paths end as those of the parameters. Other leaves stay as they
-                are.
+                whose paths end as those of the parameters, with or without linen's
+                "params" before them. Other leaves stay as they are.
 
         Returns:
             The same tree with smaller arrays. Nothing is written over.
@@ -72,6 +72,10 @@ class Plan:
                 strict=True,
             )
         }
+        # The optimizer of a linen module has but one of its collections.
+        prefix = str(jax.tree_util.DictKey("params"))
+        inside = [path for path in wanted if len(path) > 1 and path[0] == prefix]
+        wanted = {path[1:]: wanted[path] for path in inside} | wanted
         leaves, treedef = jax.tree.flatten(tree)
         names = leaf_names(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
@@ -135,7 +139,13 @@ class Plan:
             shapes.append([name, *("x".join(map(str, shape)) for shape in pair)])
         before, after = self._entries()
         total = f"{after:,} of {before:,} entries stay ({after / before:.1%})"
-        return f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
+        text = f"{text}\n\n{align(shapes, words={0, 1, 2})}\n\n{total}"
+        if all(plan.family.is_traced for plan in self._changed):
+            return text
+        return (
+            f"{text}\n\nfn may keep its sizes: build it anew with the smaller ones, "
+            "and compare with\nplan.check(new_fn, params, small)."
+        )
 
     def _why(self) -> str:
         if any(plan.held for plan in self.families):

@@ -24,7 +24,8 @@ def trace(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Any:
         raise ValueError(
             f"fn(params, *inputs) cannot be traced: {error}\nGive a function that "
             "takes the parameters first and then the inputs, as in find_units(lambda "
-            "params, x: model.apply(params, x), params, x)."
+            "params, x: model.apply(params, x), params, x). What is no array, such as "
+            "train=False, belongs into the lambda."
         ) from error
 
 

@@ -177,7 +177,7 @@ class Units:
             for j, slices in enumerate(family.slices):
                 numbers = [str(i), f"{family.size:,}", f"{family.entries:,}"]
                 rows.append([*(["", "", ""] if j else numbers), str(slices)])
-        text = align(rows, words={3})
+        text = align(rows, words={3}) + own_sizes(self.families)
         by_reason: dict[str, list[str]] = {}
         for path, axis, _, reason in self.pinned:
             by_reason.setdefault(reason, []).append(f"{path}[{axis}]")
@@ -222,6 +222,16 @@ def unit_entries(slices: Sequence[Slices], shapes: Sequence[Any]) -> int:
         rest = (n - times.get(axis, 0) for axis, n in enumerate(shapes[leaf]))
         entries += math.prod(shapes[leaf]) - math.prod(rest)
     return entries
+
+
+def own_sizes(families: Sequence[Family]) -> str:
+    """Which families fn could not be traced with fewer units of; nothing if none."""
+    numbers = [str(i) for i, family in enumerate(families) if not family.is_traced]
+    if not numbers:
+        return ""
+    which = "family " if len(numbers) == 1 else "families "
+    which += ", ".join(numbers[:6]) + (", ..." if len(numbers) > 6 else "")
+    return f"\n\nfn keeps sizes of {which}: it has to be built anew for fewer units."
 
 
 def align(rows: list[list[str]], words: set[int]) -> str:

@@ -56,6 +56,13 @@ class Walk:
         for axis in axes:
             self.ties.pin(axis["id"], eqn.primitive.name)
 
+    def pin_all(self, eqn: Any, args: list[Value]) -> list[Value]:
+        """Let the equation pin all axes of its operands and results."""
+        outs = [Value(self.new_axes(var.aval.shape)) for var in eqn.outvars]
+        for value in (*args, *outs):
+            self.pin(eqn, *value.axes)
+        return outs
+
     def tie(self, one: Axis, other: Axis) -> None:
         """Let two axes of equal length be one."""
         self.ties.tie(one["id"], other["id"])
