@@ -216,7 +216,7 @@ def mask_by_importance(
         score, scored = score_leaves(importance, jax.lax.stop_gradient(pairs))  # T
         if state.average is not None:
             before = treedef.flatten_up_to(state.average)
-            new = list(map(score, *zip(*scored, strict=True)))
+            new = [score(*args) for args in scored]
             after, averaged = smooth(
                 smoothing, before, state.averaged, taking, new, pairs, parts
             )

@@ -56,7 +56,7 @@ def smooth(
         parts: and whether they took part: what sits a step out keeps its average.
     """
     came = [1] * len(taking) if parts is None else parts
-    counts = counts.at[np.array(taking)].add(jnp.array(came, jnp.int32))
+    counts = counts.at[np.array(taking, int)].add(jnp.array(came, jnp.int32))
     weights, after = _newest_weight(smoothing, counts), list(before)
     for i, score, (param, _), part in zip(taking, new, pairs, came, strict=True):
         mean = (1 - weights[i]) * before[i].astype(jnp.float32) + weights[i] * score

@@ -210,6 +210,53 @@ def test_what_sits_a_step_out_keeps_its_average(trainable):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
 
 
+def test_what_has_no_gradient_keeps_its_average():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+    tx = gsm(0.5, smoothing=0.9, passive_decay=0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    for grads, steps in (
+        ({"a": None, "b": None}, [1, 1]),
+        (params | {"a": None}, [1, 2]),
+    ):
+        updates, after = tx.update(grads, state, params)
+        assert updates["a"] is None
+        got = optax.tree.get(after, "average")["a"]
+        np.testing.assert_array_equal(got, optax.tree.get(state, "average")["a"])
+        np.testing.assert_array_equal(optax.tree.get(after, "averaged"), steps)
+
+
+@pytest.mark.parametrize("axis_name", ["x", ()])
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shard_map_gives_the_same_choice(axis_name, check_vma):
+    """Parts of the parameters by their axis, and copies of them by none."""
+    rng = np.random.default_rng(7)
+    params, *grads = (
+        {"w": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)} for _ in range(3)
+    )
+    options = {"smoothing": 0.9, "passive_decay": 0.2}
+    options["importance"] = tempered_importance(0.5)
+    one, tx = gsm(0.75, **options), gsm(0.75, axis_name=axis_name, **options)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=auto)
+    spec = jax.P("x") if axis_name else jax.P()
+    state, want_state = tx.init(params), one.init(params)
+    like = jax.tree.map(lambda x: spec if x.ndim == 2 else jax.P(), (params, state))
+    step = jax.jit(
+        jax.shard_map(
+            tx.update,
+            mesh=mesh,
+            in_specs=(like[0], like[1], like[0]),
+            out_specs=like,
+            check_vma=check_vma,
+        )
+    )
+    for g in grads:
+        updates, state = step(g, state, params)
+        want, want_state = one.update(g, want_state, params)
+        np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
+    assert optax.tree.get(state, "num_active") == 12
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_mesh_gives_the_same_bits(kind):
     rng, kind = np.random.default_rng(6), jax.sharding.AxisType[kind]
