@@ -123,7 +123,7 @@ class ResNet(nnx.Module):
         *,
         blocks,
         width=64,
-        classes=10,
+        classes=1000,
         colours=3,
         imagenet=False,
     ):
@@ -200,8 +200,8 @@ MODELS = {
     "mlp": partial(LeNet300, inputs=64),  # scikit-learn's digits of 8x8 pixels
     "lenet_300_100": LeNet300,
     "lenet5": LeNet5,
-    "resnet8": partial(ResNet, blocks=(1, 1, 1), width=16, colours=1),
-    "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16),
+    "resnet8": partial(ResNet, blocks=(1, 1, 1), width=16, classes=10, colours=1),
+    "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16, classes=10),
     "densenet40": DenseNet40,
-    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), classes=1000, imagenet=True),
+    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), imagenet=True),
 }
