@@ -1,4 +1,4 @@
-"""The benchmark for an accelerator, which is seldom at hand, runs on a CPU too."""
+"""The benchmarks run, tiny; that for an accelerator, seldom at hand, on a CPU too."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-def test_accelerator(tmp_path):
+def run_quickly(name, folder):
+    """Run a benchmark on tiny trees; return what it prints and its record."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/accelerator.py", "--quick", "--output", tmp_path],
+        [sys.executable, f"benchmarks/{name}.py", "--quick", "--output", folder],
         cwd=ROOT,
         # Times mean nothing here, so that what is compiled need not be fast.
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -23,8 +23,22 @@ def test_accelerator(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "every mask is that of lax.top_k, bit for bit" in done.stdout
-    record = json.loads((tmp_path / "accelerator.json").read_text())
+    return done.stdout, json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compile_time", "update_step"])
+def test_tables_have_every_optimizer(name, tmp_path):
+    printed, record = run_quickly(name, tmp_path)
+    assert "optax.sgd" in printed
+    assert "gsm" in printed
+    assert record
+
+
+@pytest.mark.slow
+def test_accelerator(tmp_path):
+    printed, record = run_quickly("accelerator", tmp_path)
+    assert "every mask is that of lax.top_k, bit for bit" in printed
     (steps,) = record["steps"]
     assert {training["network"] for training in record["training"]} == {
         "resnet50",
