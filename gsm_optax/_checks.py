@@ -39,6 +39,11 @@ def first_value(value: Any) -> Any:
         return value(jnp.int32(0))
 
 
+def value_at(value: Any, step: Any) -> Any:
+    """The value of a schedule at a step; a number or an array as it is."""
+    return jnp.asarray(value(step)) if callable(value) else value
+
+
 def _check_ratio_value(ratio: Any, name: str) -> None:
     """Raise `ValueError` unless a number or a scalar array can be the fraction."""
     if not is_static(ratio):

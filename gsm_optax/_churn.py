@@ -12,15 +12,6 @@ from gsm_optax._reductions import NAN_KEY, count
 from gsm_optax._words import to_count
 
 
-def nothing_active(flags: Any, params: Any) -> Any:
-    """B before the first step: bools like the prunable parameters."""
-    return jax.tree.map(
-        lambda flag, x: jnp.zeros_like(x, bool) if flag else optax.MaskedNode(),
-        flags,
-        params,
-    )
-
-
 def track(
     before: Sequence[Any],
     taking: Sequence[int],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_decay, check_momentum
+from gsm_optax._checks import check_decay, check_momentum, value_at
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance
 from gsm_optax._paths import leaf_names
@@ -218,8 +218,7 @@ def _difference(passive: Any, active: Any) -> Any:
     """What is missing to the passive decay where the active one is added to all."""
     if not (callable(passive) or callable(active)):
         return passive - active
-    at = lambda value, step: value(step) if callable(value) else value
-    return lambda step: at(passive, step) - at(active, step)
+    return lambda step: value_at(passive, step) - value_at(active, step)
 
 
 def _decay(

@@ -15,8 +15,9 @@ from gsm_optax._checks import (
     check_smoothing,
     concrete,
     first_value,
+    value_at,
 )
-from gsm_optax._churn import nothing_active, track
+from gsm_optax._churn import track
 from gsm_optax._importance import (
     Importance,
     Pair,
@@ -38,6 +39,7 @@ from gsm_optax._prunable import (
     entries_of,
     is_inexact,
     prunable_tree,
+    prunable_zeros,
     to_marks,
     warn_of_zeros,
 )
@@ -194,7 +196,7 @@ def mask_by_importance(
             num_kept=scalar(count_dtype(total)),
             step=scalar(jnp.int32) if scheduled else None,
             prunable=to_marks(flags, params),
-            active=nothing_active(flags, params) if track_churn else None,
+            active=prunable_zeros(flags, params, bool) if track_churn else None,
             churn=scalar(count_dtype(total)) if track_churn else None,
             average=average,
             averaged=averaged,
@@ -227,7 +229,7 @@ def mask_by_importance(
         if parts is not None:
             score, scored, entries = only_part(score, scored, entries, parts)
         total, most = add_words(entries), most_entries(pairs, axis_name)  # N
-        kept = num_kept(_at(ratio, state.step), total)  # Q
+        kept = num_kept(value_at(ratio, state.step), total)  # Q
         start = state.threshold
         found = select(
             score, scored, kept, total, start, most=most, axis_name=axis_name
@@ -235,7 +237,7 @@ def mask_by_importance(
         active = [order_key(score(*args)) >= found.key for args in scored]  # B
         if parts is not None:
             active = list(map(jnp.logical_and, parts, active))
-        rest = _decayed(_at(passive_decay, state.step), pairs, parts)
+        rest = _decayed(value_at(passive_decay, state.step), pairs, parts)
         for i, mask, (_, grad), other in zip(taking, active, pairs, rest, strict=True):
             grads[i] = jnp.where(mask, grad, other)  # B ∘ g
 
@@ -253,11 +255,6 @@ def mask_by_importance(
         return jax.tree.unflatten(treedef, grads), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _at(value: Any, step: jax.Array | None) -> Any:
-    """The value of a schedule at a step; anything else as it is."""
-    return jnp.asarray(value(step)) if callable(value) else value
 
 
 def _decayed(

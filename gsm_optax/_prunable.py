@@ -183,6 +183,15 @@ def _is_all_zeros(x: Any) -> bool:
         return x.size > 0 and not bool(jnp.any(x != 0))
 
 
+def prunable_zeros(flags: Any, params: Any, dtype: Any) -> Any:
+    """Zeros like the prunable leaves, `optax.MaskedNode` in place of the others."""
+    return jax.tree.map(
+        lambda flag, x: jnp.zeros_like(x, dtype) if flag else optax.MaskedNode(),
+        flags,
+        params,
+    )
+
+
 def entries_of(flags: Any, params: Any) -> int:
     """N, the entries of the prunable leaves as they are given."""
     leaves = zip(jax.tree.leaves(flags), jax.tree.leaves(params), strict=True)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from gsm_optax._importance import Pair
+from gsm_optax._prunable import prunable_zeros
 
 
 def nothing_averaged(flags: Any, params: Any, dtype: Any) -> tuple[Any, jax.Array]:
@@ -17,13 +17,9 @@ def nothing_averaged(flags: Any, params: Any, dtype: Any) -> tuple[Any, jax.Arra
 
     Every leaf has a count of its own, because some may sit steps out.
     """
-    average = jax.tree.map(
-        lambda flag, x: jnp.zeros_like(x, dtype) if flag else optax.MaskedNode(),
-        flags,
-        params,
-    )
     leaves = jax.tree.leaves(flags, is_leaf=lambda x: x is None)
-    return average, jnp.zeros(len(leaves), jnp.int32)
+    counts = jnp.zeros(len(leaves), jnp.int32)
+    return prunable_zeros(flags, params, dtype), counts
 
 
 def smooth(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gsm_optax._histogram import EXPONENTS, histograms
 from gsm_optax._paths import check_arrays, leaf_names
 from gsm_optax._prunable import Prunable, prunable_tree
+from gsm_optax._tables import align
 
 DECADES = tuple(range(-8, 1))  # exponents of the edges 1e-8, 1e-7, ..., 1
 EDGES = tuple(10.0**exponent for exponent in DECADES)
@@ -121,12 +122,13 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """Return aligned tables of the leaves and of the magnitudes."""
-        table = _table(self)
+        table = align(_table(self), words={0, 1, 2})
         magnitudes = _magnitude_rows(self.prunable)
         if not magnitudes:
-            return _align(table)
-        bars = [[*row, "▇" * round(30 * part)] for *row, part in magnitudes]
-        return f"{_align(table)}\n\nmagnitude of the prunable entries\n{_align(bars)}"
+            return table
+        rows = [[*row, "▇" * round(30 * part)] for *row, part in magnitudes]
+        bars = align(rows, words={0, 3})
+        return f"{table}\n\nmagnitude of the prunable entries\n{bars}"
 
     def _repr_html_(self) -> str:
         head, *rows = _table(self)
@@ -279,19 +281,6 @@ def _magnitude_rows(leaf: LeafSparsity) -> list[tuple[str, str, str, float]]:
     first = next((i for i in present if i > 0), 0)
     zeros = rows[:1] if leaf.magnitudes[0] else []
     return zeros + rows[first : present[-1] + 1]
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Words to the left, numbers to the right, and bars to the left again.
-    words = {0, 1, 2} if len(widths) == 7 else {0, 3}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _html_rows(rows: list[list[str]], tag: str) -> str:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._paths import leaf_names, leaf_paths
-from gsm_optax.units._units import Family, Units, align
+from gsm_optax._tables import align
+from gsm_optax.units._units import Family, Units
 
 
 class FamilyPlan(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._paths import leaf_names
+from gsm_optax._tables import align
 
 
 class Slices(NamedTuple):
@@ -232,15 +233,3 @@ def own_sizes(families: Sequence[Family]) -> str:
     which = "family " if len(numbers) == 1 else "families "
     which += ", ".join(numbers[:6]) + (", ..." if len(numbers) > 6 else "")
     return f"\n\nfn keeps sizes of {which}: it has to be built anew for fewer units."
-
-
-def align(rows: list[list[str]], words: set[int]) -> str:
-    """A table, columns of words to the left and those of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
