@@ -143,6 +143,51 @@ def check_decay(name: str, decay: Any, least: float = 0) -> None:
         )
 
 
+def check_floors(min_kept: Any, min_units: Any, units: Any) -> tuple[int, int]:
+    """Return `min_kept` and `min_units`, 0 and 1 where they are None.
+
+    Raises:
+        ValueError: if they are no whole numbers, or do not go with `units`.
+    """
+    if units is None and min_units is not None:
+        raise ValueError(
+            f"min_units={min_units!r} goes with units=; of entries, min_kept= is kept "
+            "in every leaf."
+        )
+    if units is not None and min_kept is not None:
+        raise ValueError(
+            f"min_kept={min_kept!r} is of entries; with units=, min_units= is kept of "
+            "every family."
+        )
+    static = "inject_hyperparams takes it as it is with static_args="
+    kept = 0 if min_kept is None else min_kept
+    kept = check_count("min_kept", kept, 0, f"entries of every leaf ({static})")
+    number = 1 if min_units is None else min_units
+    return kept, check_count(
+        "min_units", number, 0, f"units of every family ({static})"
+    )
+
+
+def check_reserved(ratio: Any, reserved: int, total: int, *, by_units: bool) -> None:
+    """Raise `ValueError` if a ratio keeps fewer entries than a floor does.
+
+    Of a schedule the first and the last value are looked at.
+    """
+    values = [ratio]
+    if callable(ratio):
+        with jax.ensure_compile_time_eval():
+            values = [ratio(jnp.int32(step)) for step in (0, 2**31 - 1)]
+    for value in map(concrete, values):
+        if value is None or total - round(Fraction(value) * total) >= reserved:
+            continue
+        floor = "min_units of every family" if by_units else "min_kept of every leaf"
+        raise ValueError(
+            f"ratio={value:g} keeps {total - round(Fraction(value) * total)} of "
+            f"{total} entries, but {floor} need {reserved}: give a lower floor, or at "
+            f"most ratio={math.floor((1 - reserved / total) * 1e6) / 1e6:g}."
+        )
+
+
 def _is_real_scalar(value: Any) -> bool:
     if is_static(value):
         return True

@@ -1,7 +1,8 @@
 """Global Sparse Momentum SGD: selection, then optax's decay, momentum and step."""
 
+import operator
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from gsm_optax._paths import leaf_names
 from gsm_optax._placement import AxisName
 from gsm_optax._prunable import Prunable, is_inexact, prunable_tree
 
+if TYPE_CHECKING:
+    from gsm_optax.units import Units
+
 
 def gsm(
     ratio: Any,
@@ -25,6 +29,9 @@ def gsm(
     prunable: Prunable | None = None,
     smoothing: jax.typing.ArrayLike = 0.0,
     passive_decay: optax.ScalarOrSchedule | None = None,
+    units: "Units | None" = None,
+    min_units: int | None = None,
+    min_kept: int | None = None,
     accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
@@ -71,6 +78,11 @@ def gsm(
         passive_decay: :math:`\eta` of the passive entries, if it is to be another than
             that of the active ones; a float or an optax schedule. A strong one leaves
             the survivors their own decay, and makes up for a ratio that rises late.
+        units: of `gsm_optax.units.find_units`: whole units are then active or passive,
+            and `ratio` is of the entries that are in units: see `mask_by_importance`.
+            What decays are the leaves that have units, and kernels.
+        min_units: how many units of every family are always active, by default 1.
+        min_kept: without `units`, how many entries of every leaf are; by default 0.
         accumulator_dtype: dtype of the momentum, by default that of the parameters, and
             of the average that `smoothing` keeps, by default float32.
         track_churn: whether to count the entries that change side at every step: see
@@ -122,11 +134,14 @@ def gsm(
             prunable=prunable,
             smoothing=smoothing,
             passive_decay=passive_decay,
+            units=units,
+            min_units=min_units,
+            min_kept=min_kept,
             accumulator_dtype=accumulator_dtype,
             track_churn=track_churn,
             axis_name=axis_name,
         ),
-        _keep_dtypes(_decay(weight_decay, prunable)),
+        _keep_dtypes(_decay(weight_decay, prunable, units)),
         _keep_dtypes(optax.trace(momentum, nesterov, accumulator_dtype)),
     )
 
@@ -142,6 +157,9 @@ def gsm_sgd(
     prunable: Prunable | None = None,
     smoothing: jax.typing.ArrayLike = 0.0,
     passive_decay: optax.ScalarOrSchedule | None = None,
+    units: "Units | None" = None,
+    min_units: int | None = None,
+    min_kept: int | None = None,
     accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
@@ -165,6 +183,11 @@ def gsm_sgd(
         passive_decay: :math:`\eta` of the passive entries, if it is to be another than
             that of the active ones; a float or an optax schedule. A strong one leaves
             the survivors their own decay, and makes up for a ratio that rises late.
+        units: of `gsm_optax.units.find_units`: whole units are then active or passive,
+            and `ratio` is of the entries that are in units: see `mask_by_importance`.
+            What decays are the leaves that have units, and kernels.
+        min_units: how many units of every family are always active, by default 1.
+        min_kept: without `units`, how many entries of every leaf are; by default 0.
         accumulator_dtype: dtype of the momentum, by default that of the parameters, and
             of the average that `smoothing` keeps, by default float32.
         track_churn: whether to count the entries that change side at every step: see
@@ -206,6 +229,9 @@ def gsm_sgd(
             prunable=prunable,
             smoothing=smoothing,
             passive_decay=passive_decay,
+            units=units,
+            min_units=min_units,
+            min_kept=min_kept,
             accumulator_dtype=accumulator_dtype,
             track_churn=track_churn,
             axis_name=axis_name,
@@ -222,7 +248,7 @@ def _difference(passive: Any, active: Any) -> Any:
 
 
 def _decay(
-    weight_decay: Any, prunable: Prunable | None
+    weight_decay: Any, prunable: Prunable | None, units: "Units | None"
 ) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` of the prunable leaves that have a gradient.
 
@@ -230,8 +256,14 @@ def _decay(
     parameters, of which some may be None.
     """
 
-    def init_fn(params: Any) -> Any:
+    def flags_in(params: Any) -> Any:
         flags = prunable_tree(prunable, params)
+        if units is None:
+            return flags
+        return jax.tree.map(operator.or_, units.flags(params), flags)
+
+    def init_fn(params: Any) -> Any:
+        flags = flags_in(params)
         _warn_of_half_precision(flags, params)
         return optax.add_decayed_weights(weight_decay, mask=flags).init(params)
 
@@ -239,7 +271,7 @@ def _decay(
         flags = jax.tree.map(
             lambda grad, flag: None if flag is None else flag and grad is not None,
             updates,
-            prunable_tree(prunable, params),
+            flags_in(params),
             is_leaf=lambda x: x is None,
         )
         tx = optax.add_decayed_weights(weight_decay, mask=flags)

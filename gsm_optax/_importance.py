@@ -157,11 +157,6 @@ def magnitude(x: jax.Array) -> jax.Array:
     return jnp.abs(in_single_precision(x))
 
 
-def among(score: ScoreFn) -> ScoreFn:
-    """Score that is zero in all of a leaf that takes no part: a scalar flag, last."""
-    return _AMONG[score]
-
-
 def _taylor(param: jax.Array, grad: jax.Array) -> jax.Array:
     return taylor_importance(in_single_precision(param), in_single_precision(grad))
 
@@ -178,16 +173,6 @@ _ENTRYWISE: dict[Importance, ScoreFn] = {
     taylor_importance: _taylor,
     magnitude_importance: _magnitude,
     gradient_importance: _gradient,
-}
-
-
-def _part_of(score: ScoreFn) -> ScoreFn:
-    return lambda *args: jnp.where(args[-1], score(*args[:-1]), 0)
-
-
-# One function each, because jit knows functions by their identity.
-_AMONG: dict[ScoreFn, ScoreFn] = {
-    score: _part_of(score) for score in (stored, *_ENTRYWISE.values())
 }
 
 

@@ -2,36 +2,34 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gsm_optax._checks import (
     check_decay,
+    check_floors,
     check_kept,
     check_ratio,
+    check_reserved,
     check_smoothing,
     concrete,
     first_value,
     value_at,
 )
 from gsm_optax._churn import track
+from gsm_optax._entries import Entries
 from gsm_optax._importance import (
     Importance,
     Pair,
     needs_nonzero,
-    score_leaves,
-    stored,
     taylor_importance,
 )
-from gsm_optax._placement import (
-    AxisName,
-    check_axis_name,
-    most_entries,
-    shares,
-)
+from gsm_optax._placement import AxisName, check_axis_name
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
@@ -43,11 +41,12 @@ from gsm_optax._prunable import (
     to_marks,
     warn_of_zeros,
 )
-from gsm_optax._reductions import order_key
-from gsm_optax._selection import select
-from gsm_optax._smoothing import nothing_averaged, smooth
-from gsm_optax._trainable import flags_of, only_part
-from gsm_optax._words import add_words, count_dtype, num_kept, to_count
+from gsm_optax._smoothing import nothing_averaged
+from gsm_optax._trainable import flags_of
+from gsm_optax._words import count_dtype, num_kept, to_count
+
+if TYPE_CHECKING:
+    from gsm_optax.units import Units
 
 
 class MaskByImportanceState(NamedTuple):
@@ -64,8 +63,9 @@ class MaskByImportanceState(NamedTuple):
     prunable: Any  # which leaves take part; has no leaves itself
     active: Any | None  # B, bools like the prunable parameters: only to track churn,
     churn: jax.Array | None  # shape (): entries that changed side; only then
-    average: Any | None  # of T, like the prunable parameters: only with smoothing,
-    averaged: jax.Array | None  # int32, shape (leaves,): over how many steps; only then
+    average: Any | None  # of T, like the prunable parameters, or for each family of
+    # units an array: only with smoothing,
+    averaged: jax.Array | None  # int32, one a leaf or family: over how many steps
 
 
 def mask_by_importance(
@@ -75,6 +75,9 @@ def mask_by_importance(
     prunable: Prunable | None = None,
     smoothing: jax.typing.ArrayLike = 0.0,
     passive_decay: optax.ScalarOrSchedule | None = None,
+    units: "Units | None" = None,
+    min_units: int | None = None,
+    min_kept: int | None = None,
     accumulator_dtype: Any = None,
     track_churn: bool = False,
     axis_name: AxisName = None,
@@ -126,6 +129,17 @@ def mask_by_importance(
         passive_decay: what passive entries get in place of their gradient, as a
             multiple of the parameter: on top of any decay that follows, or taken from
             it if negative. A float or an optax schedule; None, the paper's, is nothing.
+        units: of `gsm_optax.units.find_units`, to choose whole units: T is then the
+            mean over the entries of a unit, N and Q count the entries that are in
+            units, and B is the same for all of a unit, biases and scales included: the
+            units of greatest T, as many as it takes to have Q entries. An entry of two
+            units is active if both are. Leaves without units keep their whole gradient.
+            `params` may be a part of those that the units were found in, such as one
+            collection of a linen module. Takes the place of `prunable`.
+        min_units: with `units`: how many of every family are active before others are,
+            by default 1, so that no layer is emptied.
+        min_kept: without `units`: how many entries of every prunable leaf are active
+            before others are, by default 0. Takes a search for each leaf.
         accumulator_dtype: dtype of the average that `smoothing` keeps; by default
             float32.
         track_churn: whether the state also counts the entries that change side, active
@@ -145,9 +159,9 @@ def mask_by_importance(
 
     Raises:
         ValueError: for arguments outside their range, or a ratio in half precision;
-            from `init` if no leaf is prunable, if `prunable` does not match, or if the
-            ratio keeps none; from `update` without `params`, or if devices would choose
-            apart.
+            from `init` if no leaf is prunable, if `prunable` or `units` does not match,
+            or if the ratio keeps none, or less than the floors do; from `update`
+            without `params`, or if devices would choose apart.
 
     Warns:
         UserWarning: from `init`, if a prunable leaf is all zeros (a LoRA's B, say),
@@ -169,14 +183,27 @@ def mask_by_importance(
     """
     check_ratio(ratio)
     check_smoothing(smoothing)
+    min_kept, min_units = check_floors(min_kept, min_units, units)
     if passive_decay is not None:
         check_decay("passive_decay", passive_decay, least=-sys.float_info.max)
+    if units is not None and (prunable is not None or axis_name):
+        raise ValueError(
+            "with units= the choice is among the leaves that hold units, all of which "
+            "every device has to see: leave prunable= out, and axis_name= too, or ()."
+        )
     scheduled = callable(ratio) or callable(passive_decay)
     # The default is None, since inject_hyperparams takes callables for schedules.
     importance = taylor_importance if importance is None else importance
+    flags_in = partial(prunable_tree, prunable) if units is None else units.flags
+
+    def pool_of(params, places, pairs, parts=None, axis_name=None):
+        """What is chosen among: entries or units of these leaves of the parameters."""
+        if units is not None:
+            return units.among(params, places, pairs, parts, min_units)
+        return Entries(pairs, parts=parts, axis_name=axis_name, min_kept=min_kept)
 
     def init_fn(params: Any) -> Any:
-        flags = prunable_tree(prunable, params)
+        flags = flags_in(params)
         check_any_prunable(flags, params)
         first_ratio = concrete(first_value(ratio))
         # At a ratio of zero everything is active, and then no longer zero.
@@ -184,18 +211,23 @@ def mask_by_importance(
             warn_of_zeros(flags, params)
         total = entries_of(flags, params)
         if total and axis_name is None:  # else these may be parts
-            check_kept(first_ratio, total)
+            chosen = [i for i, flag in enumerate(jax.tree.leaves(flags)) if flag]
+            leaves = list(map(jax.typeof, jax.tree.leaves(params)))
+            pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
+            check_kept(first_ratio, pool.most)
+            by_units = units is not None
+            check_reserved(ratio, pool.reserved, pool.most, by_units=by_units)
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
         if concrete(smoothing) != 0:
             dtype = accumulator_dtype or jnp.float32
-            average, averaged = nothing_averaged(flags, params, dtype)
+            average, averaged = nothing_averaged(flags, params, dtype, units)
         return MaskByImportanceState(
             threshold=scalar(jnp.float32),
             num_active=scalar(count_dtype(total)),
             num_kept=scalar(count_dtype(total)),
             step=scalar(jnp.int32) if scheduled else None,
-            prunable=to_marks(flags, params),
+            prunable=to_marks(flags, params, by_units=units is not None),
             active=prunable_zeros(flags, params, bool) if track_churn else None,
             churn=scalar(count_dtype(total)) if track_churn else None,
             average=average,
@@ -209,34 +241,19 @@ def mask_by_importance(
                 "mask_by_importance compares |param * grad| and needs the parameters: "
                 "call tx.update(grads, state, params)."
             )
-        flags = prunable_tree(prunable, params)
+        flags = flags_in(params)
         check_marks(state.prunable, flags, params)
-        grads, taking, pairs, treedef = _split(updates, params, flags)
+        grads, taking, places, pairs, treedef = _split(updates, params, flags)
         check_axis_name(pairs, axis_name)
         parts = None if trainable is None else flags_of(trainable, updates, taking)
+        pool = pool_of(params, places, pairs, parts, axis_name)
 
-        score, scored = score_leaves(importance, jax.lax.stop_gradient(pairs))  # T
+        scores = pool.scores(importance)  # T
         if state.average is not None:
-            before = treedef.flatten_up_to(state.average)
-            new = [score(*args) for args in scored]
-            after, averaged = smooth(
-                smoothing, before, state.averaged, taking, new, pairs, parts
-            )
-            score, scored = stored, [(after[i],) for i in taking]
-            after = jax.tree.unflatten(treedef, after)
-            state = state._replace(average=after, averaged=averaged)
-        entries = [share.entries for share in shares(pairs, axis_name)]
-        if parts is not None:
-            score, scored, entries = only_part(score, scored, entries, parts)
-        total, most = add_words(entries), most_entries(pairs, axis_name)  # N
-        kept = num_kept(value_at(ratio, state.step), total)  # Q
-        start = state.threshold
-        found = select(
-            score, scored, kept, total, start, most=most, axis_name=axis_name
-        )
-        active = [order_key(score(*args)) >= found.key for args in scored]  # B
-        if parts is not None:
-            active = list(map(jnp.logical_and, parts, active))
+            slots, tree = (taking, treedef) if units is None else pool.slots
+            scores, state = _averaged(pool, scores, smoothing, state, slots, tree)
+        kept = num_kept(value_at(ratio, state.step), pool.total)  # Q
+        found, active = pool.choose(scores, kept, state.threshold)  # B
         rest = _decayed(value_at(passive_decay, state.step), pairs, parts)
         for i, mask, (_, grad), other in zip(taking, active, pairs, rest, strict=True):
             grads[i] = jnp.where(mask, grad, other)  # B ∘ g
@@ -244,7 +261,7 @@ def mask_by_importance(
         new_state = state._replace(
             threshold=found.threshold,
             num_active=found.num_active,
-            num_kept=to_count(kept, most),
+            num_kept=to_count(kept, pool.most),
             step=optax.safe_increment(state.step) if scheduled else None,
         )
         if track_churn:
@@ -255,6 +272,26 @@ def mask_by_importance(
         return jax.tree.unflatten(treedef, grads), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _averaged(
+    pool: Any,
+    scores: Any,
+    smoothing: Any,
+    state: Any,
+    slots: Sequence[int],
+    tree: Any,
+) -> tuple[Any, Any]:
+    """Averages in place of scores, and the state with them."""
+    flat, where = tree.flatten_up_to(state.average), np.array(slots, int)
+    before, counts = [flat[i] for i in slots], jnp.asarray(state.averaged)
+    scores, after, some = pool.averaged(scores, smoothing, before, counts[where])
+    for i, mean in zip(slots, after, strict=True):
+        flat[i] = mean
+    return scores, state._replace(
+        average=jax.tree.unflatten(tree, flat),
+        averaged=counts.at[where].set(some),
+    )
 
 
 def _decayed(
@@ -271,8 +308,13 @@ def _decayed(
 
 def _split(
     updates: Any, params: Any, flags: Any
-) -> tuple[list[Any], list[int], list[Pair], Any]:
-    """Gradient leaves (None too), which take part, their (param, grad), the treedef."""
+) -> tuple[list[Any], list[int], list[int], list[Pair], Any]:
+    """Split into leaves what takes part in the choice.
+
+    Returns:
+        All leaves of the gradients, None included; which of them take part; which
+        leaves of the parameters these are; their (param, grad); the treedef.
+    """
     grads, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     by_leaf = treedef.flatten_up_to(flags)
     taking = [
@@ -280,13 +322,16 @@ def _split(
         for i, (flag, grad) in enumerate(zip(by_leaf, grads, strict=True))
         if flag is True and grad is not None and is_inexact(grad)
     ]
+    structure = jax.tree.structure(params)
+    numbers = jax.tree.unflatten(structure, range(structure.num_leaves))
+    numbers = treedef.flatten_up_to(numbers)
     by_leaf = treedef.flatten_up_to(params)
     # A gradient that is still a fused expression could be rounded differently in the
     # search and in the mask; behind the barrier both read the same bits. (One barrier
     # for both, and until jax 0.10 the parameter differs wherever the gradient does.)
     hold = jax.lax.optimization_barrier
     pairs = [(hold(by_leaf[i]), hold(grads[i])) for i in taking]
-    return grads, taking, pairs, treedef
+    return grads, taking, [numbers[i] for i in taking], pairs, treedef
 
 
 def find_state(opt_state: Any) -> MaskByImportanceState:

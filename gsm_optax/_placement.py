@@ -84,6 +84,27 @@ def _on_shards(reduce_across, leaves, thresholds):
     )
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """The same small array on all devices of an explicit mesh."""
+    mesh = jax.typeof(x).sharding.mesh
+    if not _is_explicit(mesh):
+        return x  # the compiler sees to it
+    return jax.sharding.reshard(x, NamedSharding(mesh, P()))
+
+
+def along(row: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """Lay a row along an axis of a leaf, so that it broadcasts; placed as the leaf."""
+    sharding = jax.typeof(like).sharding
+    if _is_explicit(sharding.mesh):
+        spec = P(sharding.spec[axis] if axis < len(sharding.spec) else None)
+        row = jax.sharding.reshard(row, NamedSharding(sharding.mesh, spec))
+    return jnp.expand_dims(row, [i for i in range(like.ndim) if i != axis])
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
 def _spec(x: jax.Array) -> P:
     return jax.typeof(x).sharding.spec
 

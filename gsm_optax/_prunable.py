@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,11 @@ def entries_of(flags: Any, params: Any) -> int:
     return sum(int(np.size(x)) for flag, x in leaves if flag)
 
 
-def to_marks(flags: Any, params: Any) -> Any:
+class WholeUnits(NamedTuple):
+    """Mark of a leaf that is chosen by whole units, and not entry by entry."""
+
+
+def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
     """Flags as a tuple without leaves, to be kept in a state: see `from_marks`.
 
     One mark a leaf, and one a hole that `optax.masked` has made, so that they fit the
@@ -208,11 +212,22 @@ def to_marks(flags: Any, params: Any) -> Any:
     everything = jax.tree.leaves(params, is_leaf=_is_hole)
     if not everything:  # a placeholder of optax.tree.map_params: a leaf stands for all
         return jnp.zeros((), bool)
-    by_leaf = iter(jax.tree.leaves(flags))
+    by_leaf, mark = iter(jax.tree.leaves(flags)), optax.EmptyState()
+    mark = WholeUnits() if by_units else mark
     return tuple(
-        optax.EmptyState() if not _is_hole(x) and next(by_leaf) else optax.MaskedNode()
+        mark if not _is_hole(x) and next(by_leaf) else optax.MaskedNode()
         for x in everything
     )
+
+
+def entry_marks(marks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Marks, as they are; `ValueError` if the choice was by whole units."""
+    if any(isinstance(mark, WholeUnits) for mark in marks):
+        raise ValueError(
+            "this state is of an optimizer that chose whole units: prune by them too, "
+            "with units= in place of opt_state=."
+        )
+    return marks
 
 
 def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
@@ -253,7 +268,7 @@ def check_marks(marks: Any, flags: Any, params: Any) -> None:
 
 
 def _is_mark(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode | optax.EmptyState)
+    return isinstance(x, optax.MaskedNode | optax.EmptyState | WholeUnits)
 
 
 def _is_hole(x: Any) -> bool:

@@ -1,24 +1,32 @@
 """After training: exact global magnitude pruning, and keeping the zeros."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_kept, check_ratio, concrete
-from gsm_optax._importance import magnitude
+from gsm_optax._checks import (
+    check_floors,
+    check_kept,
+    check_ratio,
+    check_reserved,
+    concrete,
+)
+from gsm_optax._entries import Entries
+from gsm_optax._importance import magnitude_importance
 from gsm_optax._masking import find_state
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
+    entry_marks,
     from_marks,
     prunable_tree,
 )
-from gsm_optax._reductions import order_key
-from gsm_optax._selection import select
-from gsm_optax._words import Words, num_kept, to_words
+from gsm_optax._words import Words, num_kept
+
+if TYPE_CHECKING:
+    from gsm_optax.units import Units
 
 
 def magnitude_mask(
@@ -27,6 +35,9 @@ def magnitude_mask(
     *,
     prunable: Prunable | None = None,
     opt_state: Any = None,
+    units: "Units | None" = None,
+    min_units: int | None = None,
+    min_kept: int | None = None,
 ) -> Any:
     r"""Mask of the :math:`Q` entries of greatest magnitude over the whole model.
 
@@ -43,15 +54,21 @@ def magnitude_mask(
             default `kernels`, told by name and shape.
         opt_state: instead of `prunable`, the state of the optimizer that trained them:
             the prunable leaves are then those that it chose among.
+        units: of `gsm_optax.units.find_units`, in the place of both: whole units are
+            kept or pruned, by their mean magnitude, biases and scales included; N and Q
+            count the entries that are in units.
+        min_units: with `units`: how many of every family are kept first; by default 1.
+        min_kept: without `units`: how many entries of every prunable leaf; by default
+            0.
 
     Returns:
         A pytree like `params` with a bool array of the same shape at every leaf,
         `True` where the entry is kept. Leaves that are not prunable are all `True`.
 
     Raises:
-        ValueError: for a ratio outside [0, 1) or one that keeps nothing (a traced one
-            cannot be checked), if `params` has no leaf or none that is prunable, or if
-            `prunable` does not match it.
+        ValueError: for a ratio outside [0, 1) or one that keeps nothing, or less than
+            the floors do (a traced one cannot be checked), if `params` has no leaf or
+            none that is prunable, or if `prunable` or `units` does not match it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,44 +89,47 @@ def magnitude_mask(
             f"params={params!r} has no leaves, so there is nothing to prune: was it "
             "filtered by a name or a type that nothing has?"
         )
-    flags = _flags(params, prunable, opt_state)
-    leaves = list(map(jnp.asarray, leaves))
-    flags = treedef.flatten_up_to(flags)
-    chosen = [x for x, flag in zip(leaves, flags, strict=True) if flag]
-    total = sum(x.size for x in chosen)
-    check_kept(concrete(ratio), total)
-    kept = iter(greatest(chosen, num_kept(ratio, to_words(total))))
-    mask = [
-        next(kept) if flag else jnp.ones_like(x, bool)
-        for x, flag in zip(leaves, flags, strict=True)
-    ]
+    min_kept, min_units = check_floors(min_kept, min_units, units)
+    flags = _flags(params, prunable, opt_state, units)
+    leaves, flags = list(map(jnp.asarray, leaves)), treedef.flatten_up_to(flags)
+    chosen = [i for i, flag in enumerate(flags) if flag]
+    pairs = [(leaves[i], leaves[i]) for i in chosen]
+    if units is None:
+        pool = Entries(pairs, min_kept=min_kept)
+    else:
+        pool = units.among(params, chosen, pairs, None, min_units)
+    check_kept(concrete(ratio), pool.most)
+    check_reserved(ratio, pool.reserved, pool.most, by_units=units is not None)
+    mask = [jnp.ones_like(x, bool) for x in leaves]
+    kept = greatest(pool, num_kept(ratio, pool.total))
+    for i, own in zip(chosen, kept, strict=True):
+        mask[i] = own
     return jax.tree.unflatten(treedef, mask)
 
 
-def _flags(params: Any, prunable: Prunable | None, opt_state: Any) -> Any:
+def _flags(
+    params: Any, prunable: Prunable | None, opt_state: Any, units: "Units | None"
+) -> Any:
     """Which leaves are prunable: as told, or as the optimizer was."""
-    if opt_state is None:
+    if sum(x is not None for x in (prunable, opt_state, units)) > 1:
+        raise ValueError(
+            "give one of prunable=, opt_state= (the state knows which are prunable) "
+            "and units= (which name the leaves that hold them)."
+        )
+    if units is not None:
+        flags = units.flags(params)
+    elif opt_state is None:
         flags = prunable_tree(prunable, params)
-    elif prunable is None:
-        flags = from_marks(find_state(opt_state).prunable, params)
     else:
-        raise ValueError("give prunable= or opt_state=, not both: the state knows it.")
+        flags = from_marks(entry_marks(find_state(opt_state).prunable), params)
     check_any_prunable(flags, params)
     return flags
 
 
-def greatest(leaves: Sequence[jax.Array], kept: Words) -> list[jax.Array]:
-    """Masks of the Q entries of greatest magnitude, Q in words."""
-    total = sum(x.size for x in leaves)
-    found = select(
-        magnitude,
-        [(x,) for x in leaves],
-        kept,
-        to_words(total),
-        jnp.float32(0),
-        most=total,
-    )
-    return [order_key(magnitude(x)) >= found.key for x in leaves]
+def greatest(pool: Any, kept: Words) -> list[jax.Array]:
+    """Masks of what has the greatest magnitude and holds Q entries, Q in words."""
+    scores = pool.scores(magnitude_importance)
+    return pool.choose(scores, kept, jnp.float32(0))[1]
 
 
 def apply_mask(params: Any, mask: Any) -> Any:
@@ -143,6 +163,9 @@ def prune(
     *,
     prunable: Prunable | None = None,
     opt_state: Any = None,
+    units: "Units | None" = None,
+    min_units: int | None = None,
+    min_kept: int | None = None,
 ) -> Any:
     r"""Keep the entries of greatest magnitude over the whole model, zero the rest.
 
@@ -167,14 +190,20 @@ def prune(
             default `kernels`, told by name and shape.
         opt_state: instead of `prunable`, the state of the optimizer that trained them:
             the prunable leaves are then those that it chose among.
+        units: of `gsm_optax.units.find_units`, in the place of both: whole units are
+            kept or pruned, by their mean magnitude, biases and scales included; N and Q
+            count the entries that are in units.
+        min_units: with `units`: how many of every family are kept first; by default 1.
+        min_kept: without `units`: how many entries of every prunable leaf; by default
+            0.
 
     Returns:
         A pytree like `params`, pruned entries exactly zero, everything else untouched.
 
     Raises:
-        ValueError: for a ratio outside [0, 1) or one that keeps nothing (a traced one
-            cannot be checked), if `params` has no leaf or none that is prunable, or if
-            `prunable` does not match it.
+        ValueError: for a ratio outside [0, 1) or one that keeps nothing, or less than
+            the floors do (a traced one cannot be checked), if `params` has no leaf or
+            none that is prunable, or if `prunable` or `units` does not match it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,7 +212,15 @@ def prune(
         {'kernel': Array([[0., 0.],
                [3., 0.]], dtype=float32)}
     """
-    mask = magnitude_mask(params, ratio, prunable=prunable, opt_state=opt_state)
+    mask = magnitude_mask(
+        params,
+        ratio,
+        prunable=prunable,
+        opt_state=opt_state,
+        units=units,
+        min_units=min_units,
+        min_kept=min_kept,
+    )
     return _apply(mask, params)
 
 

@@ -7,6 +7,7 @@ thresholds.
 This file knows only jax.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from gsm_optax._bracket import Bracket, next_probes, offset_by, search
 from gsm_optax._placement import AxisName, Leaves, is_local
 from gsm_optax._reductions import INF_KEY, NAN_KEY, ScoreFn, count, smallest_reaching
 from gsm_optax._rows import select_by_rows
-from gsm_optax._words import LARGEST, WORD, Words, excess, to_count
+from gsm_optax._words import LARGEST, WORD, Words, as_int32, excess, to_count
 
 # A warm start spreads eight thresholds about the last one. A factor of two in the score
 # is 2²³ in its key, and in training the threshold drifts by 10 to 60 % a step.
@@ -64,7 +65,7 @@ def select(
         is the Q-th greatest score; 0 if Q = N; inf if Q = 0; and the smallest subnormal
         number if fewer than Q scores are positive.
     """
-    kept, total = _as_int32(kept), _as_int32(total)
+    kept, total = as_int32(kept), as_int32(total)
     leaves = [args for args in leaves if args[0].size]
     if not leaves:
         return Selection(jnp.int32(0), jnp.int32(0), jnp.float32(0))
@@ -82,11 +83,7 @@ def select(
         )
     else:
         found, key = by_counts(leaves, kept, start)
-    return _settle(found, key, kept, total, most)
-
-
-def _as_int32(words: Words) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(words[0], jnp.int32), jnp.asarray(words[1], jnp.int32)
+    return settle(found, key, kept, total, most)
 
 
 def _select_by_counts(
@@ -102,17 +99,34 @@ def _select_by_counts(
     def excess_at(probes):
         return excess(count(score, leaves, probes, axis_name), kept)
 
+    found = search_all_keys(excess_at, kept, total, start)
+    return found, smallest_reaching(score, leaves, found.low, axis_name)
+
+
+def search_all_keys(
+    excess_at: Callable[[jax.Array], jax.Array],
+    kept: Words,
+    total: Words,
+    start: jax.Array,
+) -> Bracket:
+    """Search from a guess of the threshold, or from the whole range of keys.
+
+    Args:
+        excess_at: how many more than Q entries reach each of K ascending keys.
+        kept: Q, in words.
+        total: N, in words.
+        start: float32 scalar, the guess; zero if there is none.
+    """
     # Every entry reaches key 0, and none the key above that of NaN.
     over, under = excess(total, kept), excess((0, 0), kept)
     whole = Bracket(jnp.int32(0), jnp.int32(NAN_KEY + 1), over, under)
     guess = lax.bitcast_convert_type(start, jnp.int32)
     cold, warm = next_probes(whole, whole, SPREAD), offset_by(guess, FAN, whole)
     first = jnp.where((guess > 0) & (guess < INF_KEY), warm, cold)
-    found = search(excess_at, whole, first, SPREAD)
-    return found, smallest_reaching(score, leaves, found.low, axis_name)
+    return search(excess_at, whole, first, SPREAD)
 
 
-def _settle(
+def settle(
     found: Bracket, key: jax.Array, kept: Words, total: Words, most: int
 ) -> Selection:
     """Settle the cases in which there is no Q-th greatest positive score."""

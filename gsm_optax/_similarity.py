@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gsm_optax._entries import Entries
 from gsm_optax._pruning import greatest
 from gsm_optax._words import to_words
 
@@ -272,7 +273,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 def _larger_half(weights: jax.Array) -> jax.Array:
     weights = jnp.asarray(weights)
     half = (jnp.count_nonzero(weights).astype(jnp.int32) + 1) // 2
-    return greatest([weights], to_words(half))[0]
+    return greatest(Entries([(weights, weights)]), to_words(half))[0]
 
 
 def _number(mask: jax.Array) -> jax.Array:

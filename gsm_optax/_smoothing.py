@@ -5,18 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from gsm_optax._importance import Pair
 from gsm_optax._prunable import prunable_zeros
 
 
-def nothing_averaged(flags: Any, params: Any, dtype: Any) -> tuple[Any, jax.Array]:
+def nothing_averaged(
+    flags: Any, params: Any, dtype: Any, units: Any = None
+) -> tuple[Any, jax.Array]:
     """The average before the first step, like the prunable parameters, and its counts.
 
-    Every leaf has a count of its own, because some may sit steps out.
+    Every leaf has a count of its own, because some may sit steps out. With units it is
+    an array a family.
     """
+    if units is not None:
+        zeros = units.zeros(dtype)
+        return zeros, jnp.zeros(len(zeros), jnp.int32)
     leaves = jax.tree.leaves(flags, is_leaf=lambda x: x is None)
     counts = jnp.zeros(len(leaves), jnp.int32)
     return prunable_zeros(flags, params, dtype), counts
@@ -24,14 +28,13 @@ def nothing_averaged(flags: Any, params: Any, dtype: Any) -> tuple[Any, jax.Arra
 
 def smooth(
     smoothing: jax.typing.ArrayLike,
-    before: Sequence[Any],
+    before: Sequence[jax.Array],
     counts: jax.Array,
-    taking: Sequence[int],
     new: Sequence[jax.Array],
-    pairs: Sequence[Pair],
+    dead: Sequence[jax.Array],
     parts: Sequence[jax.Array] | None,
-) -> tuple[list[Any], jax.Array]:
-    r"""Average the scores of all leaves after a step, and over how many steps.
+) -> tuple[list[jax.Array], jax.Array]:
+    r"""Average scores after a step, and over how many steps.
 
     With smoothing :math:`s`, at the k-th step of a leaf,
 
@@ -44,26 +47,26 @@ def smooth(
 
     Args:
         smoothing: s, in [0, 1).
-        before: the averages so far, leaf by leaf; `optax.MaskedNode` if not prunable,
+        before: the averages so far, leaf by leaf,
         counts: and over how many steps: int32, shape (leaves,).
-        taking: indices of the leaves that had a gradient,
-        new: their T at this step, float32,
-        pairs: the parameters and gradients it is of,
-        parts: and whether they took part: what sits a step out keeps its average.
+        new: T at this step, float32.
+        dead: bools, where weight and score are zero.
+        parts: bool scalars, whether a leaf takes part: what sits a step out keeps its
+            average. None if all do.
     """
-    came = [1] * len(taking) if parts is None else parts
-    counts = counts.at[np.array(taking, int)].add(jnp.array(came, jnp.int32))
-    weights, after = _newest_weight(smoothing, counts), list(before)
-    for i, score, (param, _), part in zip(taking, new, pairs, came, strict=True):
-        mean = (1 - weights[i]) * before[i].astype(jnp.float32) + weights[i] * score
-        mean = jnp.where((param == 0) & (score == 0), 0, mean).astype(before[i].dtype)
-        mean = mean if parts is None else jnp.where(part, mean, before[i])
+    came = jnp.stack(list(parts)).astype(jnp.int32) if parts else jnp.int32(1)
+    counts = counts + came
+    weights, after = _newest_weights(smoothing, counts), []
+    for i, (old, score, gone) in enumerate(zip(before, new, dead, strict=True)):
+        mean = (1 - weights[i]) * old.astype(jnp.float32) + weights[i] * score
+        mean = jnp.where(gone, 0, mean).astype(old.dtype)
+        mean = mean if parts is None else jnp.where(parts[i], mean, old)
         # Stored once, so that all who compare it read the same bits.
-        after[i] = lax.optimization_barrier(mean)
+        after.append(lax.optimization_barrier(mean))
     return after, counts
 
 
-def _newest_weight(smoothing: jax.typing.ArrayLike, counts: jax.Array) -> jax.Array:
+def _newest_weights(smoothing: jax.typing.ArrayLike, counts: jax.Array) -> jax.Array:
     """The coefficient c of every leaf, float32; 1 at its first step."""
     log = jnp.log(jnp.asarray(smoothing, jnp.float32))
     steps = jnp.maximum(counts, 1).astype(jnp.float32)

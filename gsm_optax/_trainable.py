@@ -5,13 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-
-from gsm_optax._importance import among
-from gsm_optax._placement import Leaves
-from gsm_optax._reductions import ScoreFn
-from gsm_optax._words import Words
 
 
 def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Array]:
@@ -38,20 +32,3 @@ def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Ar
         if not isinstance(leaf, optax.MaskedNode)
     ]
     return [jnp.asarray(present[i], bool) for i in taking]
-
-
-def only_part(
-    score: ScoreFn, scored: Leaves, entries: Sequence[Words], parts: Sequence[jax.Array]
-) -> tuple[ScoreFn, Leaves, list[Words]]:
-    """Score and count only the leaves whose flag in `parts` is true.
-
-    The scores of the others are zero, so that they are never the Q-th greatest; the
-    flag travels as one scalar a leaf. How many entries take part is known at run time
-    only.
-    """
-    scored = [(*args, part) for args, part in zip(scored, parts, strict=True)]
-    counted = [
-        (jnp.where(part, np.int32(high), 0), jnp.where(part, np.int32(low), 0))
-        for (high, low), part in zip(entries, parts, strict=True)
-    ]
-    return among(score), scored, counted

@@ -32,6 +32,11 @@ def to_words(count: Any) -> Words:
     return count >> WORD, count & _DIGIT
 
 
+def as_int32(words: Words) -> tuple[jax.Array, jax.Array]:
+    """The words of a count as int32 scalars."""
+    return jnp.asarray(words[0], jnp.int32), jnp.asarray(words[1], jnp.int32)
+
+
 def carry(high: Any, low: Any) -> Words:
     """Move what exceeds the low word into the high one."""
     return high + (low >> WORD), to_words(low)[1]
@@ -43,8 +48,10 @@ def add_words(counts: list[Words]) -> Words:
 
 
 def times_words(count: Words, factor: Any) -> Words:
-    """Multiply a count by a small number, below 2¹⁹."""
-    return carry(count[0] * factor, count[1] * factor)
+    """Multiply a count by a number below 2³¹."""
+    high, low = count
+    by_high, by_low = to_words(factor)
+    return carry(high * factor + low * by_high, low * by_low)
 
 
 def excess(words: Words, kept: Words) -> jax.Array:

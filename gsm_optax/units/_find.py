@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._paths import check_arrays, leaf_names
+from gsm_optax.units._families import Family, Pinned, Slices, unit_entries
 from gsm_optax.units._program import leaf_nodes, trace, walk_program
 from gsm_optax.units._retrace import check_by_tracing
-from gsm_optax.units._units import Family, Pinned, Slices, Units, unit_entries
+from gsm_optax.units._units import Units
 from gsm_optax.units._walk import Walk
 
 

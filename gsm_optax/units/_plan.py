@@ -11,7 +11,8 @@ import numpy as np
 
 from gsm_optax._paths import leaf_names, leaf_paths
 from gsm_optax._tables import align
-from gsm_optax.units._units import Family, Units
+from gsm_optax.units._families import Family
+from gsm_optax.units._units import Units
 
 
 class FamilyPlan(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax.units._axes import Value
-from gsm_optax.units._units import Family
+from gsm_optax.units._families import Family
 from gsm_optax.units._walk import Walk
 
 

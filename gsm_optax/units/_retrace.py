@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from gsm_optax.units._compare import is_same_program
+from gsm_optax.units._families import Family
 from gsm_optax.units._program import Nodes, leaf_nodes, unit_nodes
-from gsm_optax.units._units import Family
 from gsm_optax.units._walk import Walk
 
 SAME, DIFFERS, RAISES = "same", "differs", "raises"

@@ -1,10 +1,9 @@
-"""Families of units: what they are made of, sums over them, masks from them."""
+"""The units of a network: sums over them, masks from them, a choice among them."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,56 +11,8 @@ import numpy as np
 
 from gsm_optax._paths import leaf_names
 from gsm_optax._tables import align
-
-
-class Slices(NamedTuple):
-    """What the units of a family hold of one axis of one leaf."""
-
-    path: str
-    leaf: int  # its place among the leaves
-    axis: int
-    size: int  # of the axis
-    indices: np.ndarray  # int[units, indices of each]
-
-    def __str__(self) -> str:
-        """Return the path and the axis, and where along it the units are."""
-        flat = np.sort(self.indices.reshape(-1))
-        where = ""
-        if len(flat) < self.size:
-            is_range = np.array_equal(flat, np.arange(flat[0], flat[-1] + 1))
-            ends = f"{flat[0]}:{flat[-1] + 1}"
-            where = f" {ends}" if is_range else f" {len(flat)} of {self.size}"
-        times = self.indices.shape[1]
-        return f"{self.path}[{self.axis}]{where}{f' x{times}' if times > 1 else ''}"
-
-    def units_along(self) -> np.ndarray:
-        """For each index of the axis the unit that it belongs to, or -1."""
-        units = np.full(self.size, -1)
-        each = np.arange(len(self.indices))[:, None]
-        units[self.indices] = np.broadcast_to(each, self.indices.shape)
-        return units
-
-
-class Family(NamedTuple):
-    """Units along one axis of the network: any of them can go, but for the last."""
-
-    size: int  # units
-    entries: int  # of each unit
-    slices: tuple[Slices, ...]
-    is_traced: bool  # fn was traced with fewer units, and did the same with them
-
-    def __str__(self) -> str:
-        """Return the first slices."""
-        return str(self.slices[0])
-
-
-class Pinned(NamedTuple):
-    """An axis of a leaf that cannot lose (all of) its indices, and why."""
-
-    path: str
-    axis: int
-    size: int
-    reason: str
+from gsm_optax.units._choice import WholeUnits
+from gsm_optax.units._families import Family, Pinned, own_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +99,78 @@ class Units:
                 kept[part.leaf][part.axis][part.indices[marks]] = False
         return [[np.flatnonzero(keep) for keep in keeps] for keeps in kept]
 
+    def flags(self, params: Any) -> Any:
+        """Tree like `params` of bools: whether a leaf has slices of units.
+
+        Args:
+            params: the parameters that the units were found in, or some of them:
+                without batch statistics, say, or one collection of a linen module.
+
+        Raises:
+            ValueError: if they are others, or have other shapes.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        if not leaves:  # a placeholder of optax.tree.map_params
+            return params
+        places = self._places(params)
+        held = {places.get(s.leaf) for family in self.families for s in family.slices}
+        return jax.tree.unflatten(treedef, [i in held for i in range(len(leaves))])
+
+    def among(
+        self,
+        params: Any,
+        places: Sequence[int],
+        pairs: Sequence[Any],
+        parts: Sequence[jax.Array] | None,
+        min_units: int,
+    ) -> WholeUnits:
+        """The units of some leaves, to be chosen among.
+
+        Args:
+            params: as for `flags`.
+            places: the indices of the leaves that take part.
+            pairs: (parameter, gradient) of each of these.
+            parts: bool scalars, whether it takes part at this step; None if all do.
+            min_units: units of every family that are active before others are.
+        """
+        own = self._places(params) if places else {}
+        pair_of = {place: i for i, place in enumerate(places)}
+        families = [
+            family._replace(
+                slices=tuple(
+                    part._replace(leaf=pair_of[own[part.leaf]])
+                    for part in family.slices
+                    if own.get(part.leaf) in pair_of
+                )
+            )
+            for family in self.families
+        ]
+        return WholeUnits(families, pairs, parts=parts, min_units=min_units)
+
+    def zeros(self, dtype: Any) -> tuple[jax.Array, ...]:
+        """A zero for each unit of each family."""
+        return tuple(jnp.zeros(family.size, dtype) for family in self.families)
+
+    def _places(self, params: Any) -> dict[int, int]:
+        """Which leaf of the network is which of these, whose names may be shorter."""
+        own = {name: i for i, name in enumerate(leaf_names(self.like))}
+        names = leaf_names(params)
+        starts = [x.removesuffix(names[0]) for x in own if x.endswith(names[0])]
+        fits = lambda start: all(start + name in own for name in names)
+        fitting = [x for x in starts if x[-1:] in ("", "/") and fits(x)]
+        if not fitting or (len(fitting) > 1 and "" not in fitting):
+            missing = [name for name in names if name not in own]
+            raise ValueError(
+                f"{_listed(missing)} are not among the parameters that the units were "
+                f"found in, {_listed(list(own))}. Find the units of this network with "
+                "find_units(fn, params, *inputs)."
+            )
+        start = "" if "" in fitting else fitting[0]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(self.like)]
+        for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
+            _check_shape(name, jnp.shape(leaf), shapes[own[start + name]])
+        return {own[start + name]: j for j, name in enumerate(names)}
+
     def leaves_of(self, tree: Any) -> list[Any]:
         """Return the leaves of a tree like the parameters.
 
@@ -163,11 +186,7 @@ class Units:
                 "units of this network with find_units(fn, params, *inputs)."
             )
         for name, leaf, own in zip(leaf_names(self.like), leaves, wanted, strict=True):
-            if jnp.shape(leaf) != own.shape:
-                raise ValueError(
-                    f"{name} has shape {list(jnp.shape(leaf))}, but {list(own.shape)} "
-                    "where the units were found. Find them again, of this network."
-                )
+            _check_shape(name, jnp.shape(leaf), own.shape)
         return leaves
 
     def __str__(self) -> str:
@@ -187,6 +206,18 @@ class Units:
             shown = ", ".join(axes[:4]) + (", ..." if len(axes) > 4 else "")
             pins.append([reason, str(len(axes)), shown])
         return f"{text}\n\n{align(pins, words={0, 2})}" if self.pinned else text
+
+
+def _check_shape(name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> None:
+    if shape != own:
+        raise ValueError(
+            f"{name} has shape {list(shape)}, but {list(own)} where the units were "
+            "found. Find them again, of this network."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _along(row: Any, axis: int, rank: int) -> jax.Array:
@@ -213,23 +244,3 @@ def _sum_dtype(dtype: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.int32
     return dtype if dtype.itemsize >= 4 else jnp.float32
-
-
-def unit_entries(slices: Sequence[Slices], shapes: Sequence[Any]) -> int:
-    """Entries that one unit holds, each counted once."""
-    entries = 0
-    for leaf in {part.leaf for part in slices}:
-        times = {s.axis: s.indices.shape[1] for s in slices if s.leaf == leaf}
-        rest = (n - times.get(axis, 0) for axis, n in enumerate(shapes[leaf]))
-        entries += math.prod(shapes[leaf]) - math.prod(rest)
-    return entries
-
-
-def own_sizes(families: Sequence[Family]) -> str:
-    """Which families fn could not be traced with fewer units of; nothing if none."""
-    numbers = [str(i) for i, family in enumerate(families) if not family.is_traced]
-    if not numbers:
-        return ""
-    which = "family " if len(numbers) == 1 else "families "
-    which += ", ".join(numbers[:6]) + (", ..." if len(numbers) > 6 else "")
-    return f"\n\nfn keeps sizes of {which}: it has to be built anew for fewer units."

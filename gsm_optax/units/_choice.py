@@ -1,0 +1,180 @@
+"""Whole units: their T, and which of them are active, so that they hold Q entries."""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_optax._importance import Importance, Pair, magnitude, score_leaves
+from gsm_optax._placement import along
+from gsm_optax._reductions import INF_KEY, NAN_KEY, order_key
+from gsm_optax._selection import Selection, search_all_keys, settle
+from gsm_optax._smoothing import smooth
+from gsm_optax._words import (
+    WORD,
+    Words,
+    add_words,
+    as_int32,
+    excess,
+    times_words,
+)
+from gsm_optax.units._families import Family
+from gsm_optax.units._scores import greatest_scores, mean_scores
+
+
+class WholeUnits:
+    """The units of some leaves, to be chosen among: each is active as a whole.
+
+    Attributes:
+        total: N, the entries that are in units, in words.
+        most: no fewer than `total`, known before tracing.
+        slots: which of the families have slices here, and the treedef of a tuple with a
+            leaf for each family.
+        reserved: entries that are active whatever Q is.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        pairs: Sequence[Pair],
+        *,
+        parts: Sequence[jax.Array] | None = None,
+        min_units: int = 1,
+    ):
+        """Take parameters and their gradients, leaf by leaf.
+
+        Args:
+            families: whose slices name leaves by their place among `pairs`.
+            pairs: (parameter, gradient) of every leaf.
+            parts: bool scalars, whether a leaf takes part at this step; None if all do.
+            min_units: units of every family that are active before others are.
+        """
+        held = [i for i, family in enumerate(families) if family.slices]
+        self.slots = held, jax.tree.structure((0,) * len(families))
+        self._families = [families[i] for i in held]
+        self._pairs, self._parts, self._min_units = pairs, parts, min_units
+        families = self._families
+        shapes = [param.shape for param, _ in pairs]
+        self._axes = [_axes(families, i, shape) for i, shape in enumerate(shapes)]
+        sizes = [family.size for family in families]
+        self.total = self._entries(sizes, parts)
+        high, low = self._entries(sizes, None)
+        self.most = (high << WORD) + low
+        high, low = self._entries([min(min_units, size) for size in sizes], None)
+        self.reserved = (high << WORD) + low
+
+    def scores(self, importance: Importance) -> list[jax.Array]:
+        """The mean T of each unit: for each family float32[size]."""
+        pairs = jax.lax.stop_gradient(self._pairs)
+        return mean_scores(
+            self._families, *score_leaves(importance, pairs), self._parts
+        )
+
+    def averaged(
+        self,
+        scores: Sequence[jax.Array],
+        smoothing: Any,
+        before: Sequence[Any],
+        counts: jax.Array,
+    ) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+        """The average of T, twice, and over how many steps: see `smooth`."""
+        params = [(x,) for x, _ in self._pairs]
+        dead = [
+            (greatest_scores(family, magnitude, params) == 0) & (score == 0)
+            for family, score in zip(self._families, scores, strict=True)
+        ]
+        after, counts = smooth(
+            smoothing, before, counts, scores, dead, self._parts_of_families()
+        )
+        return after, after, counts
+
+    def choose(
+        self, scores: Sequence[jax.Array], kept: Words, start: jax.Array
+    ) -> tuple[Selection, list[jax.Array]]:
+        """B of every leaf, and what the choice came to.
+
+        The units of greatest score are active, as many as it takes to have Q entries.
+
+        Args:
+            scores: what is compared.
+            kept: Q, in words.
+            start: float32 scalar, a guess of the threshold: it saves passes, no more.
+        """
+        keys = [_raised(order_key(score), self._min_units) for score in scores]
+        kept, total = as_int32(kept), as_int32(self.total)
+
+        def excess_at(probes):
+            active = [jnp.sum(key >= probes[:, None], 1) for key in keys]
+            return excess(self._entries(active, self._parts), kept)
+
+        found = search_all_keys(excess_at, kept, total, start)
+        reaching = [jnp.where(key >= found.low, key, NAN_KEY).min() for key in keys]
+        least = jnp.minimum(reduce(jnp.minimum, reaching), NAN_KEY)
+        chosen = settle(found, least, kept, total, self.most)
+        return chosen, self._masks([key >= chosen.key for key in keys])
+
+    def _entries(self, active: Sequence[Any], parts: Sequence[Any] | None) -> Words:
+        """How many entries active units hold, if so many of each family are active.
+
+        Of the entries of a leaf those are active all of whose units are: they make a
+        block, whose sides are the active indices of its axes.
+        """
+        counts = []
+        for i, axes in enumerate(self._axes):
+            block, outside = (0, 1), (0, 1)  # one, in words
+            for others, tied in axes:  # others are in no unit
+                sides = [each * active[family] for family, each in tied]
+                block = times_words(block, sum(sides, others))
+                outside = times_words(outside, others)
+            high, low = block[0] - outside[0], block[1] - outside[1]
+            if parts is not None:
+                high, low = (jnp.where(parts[i], word, 0) for word in (high, low))
+            counts.append((high, low))
+        return add_words(counts)
+
+    def _masks(self, active: Sequence[jax.Array]) -> list[jax.Array]:
+        masks = [jnp.ones_like(param, dtype=bool) for param, _ in self._pairs]
+        for family, value in zip(self._families, active, strict=True):
+            value = jnp.append(value, True)  # of no unit
+            for part in family.slices:
+                param, _ = self._pairs[part.leaf]
+                masks[part.leaf] &= along(value[part.units_along()], param, part.axis)
+        if self._parts is not None:
+            masks = list(map(jnp.logical_and, masks, self._parts))
+        return masks
+
+    def _parts_of_families(self) -> list[jax.Array] | None:
+        """Whether any leaf of a family takes part."""
+        if self._parts is None:
+            return None
+        return [
+            reduce(jnp.logical_or, [self._parts[part.leaf] for part in family.slices])
+            for family in self._families
+        ]
+
+
+def _axes(
+    families: Sequence[Family], leaf: int, shape: tuple[int, ...]
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """For each axis, indices in no unit, and (family, indices of a unit) along it."""
+    found = []
+    for axis, size in enumerate(shape):
+        tied = [
+            (i, part.indices.shape[1])
+            for i, family in enumerate(families)
+            for part in family.slices
+            if (part.leaf, part.axis) == (leaf, axis)
+        ]
+        in_units = sum(families[i].size * each for i, each in tied)
+        found.append((size - in_units, tied))
+    return found
+
+
+def _raised(keys: jax.Array, number: int) -> jax.Array:
+    """Order keys of which the greatest few, if they are positive, are above all."""
+    least = jax.lax.top_k(keys, min(number, keys.size))[0][-1]
+    reserved = (keys >= jnp.maximum(least, 1)) & (keys < INF_KEY)
+    return jnp.where(reserved, np.int32(INF_KEY), keys)

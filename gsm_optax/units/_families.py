@@ -1,0 +1,77 @@
+"""Units along one axis of a network, and which slices of its leaves they are."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Slices(NamedTuple):
+    """What the units of a family hold of one axis of one leaf."""
+
+    path: str
+    leaf: int  # its place among the leaves
+    axis: int
+    size: int  # of the axis
+    indices: np.ndarray  # int[units, indices of each]
+
+    def __str__(self) -> str:
+        """Return the path and the axis, and where along it the units are."""
+        flat = np.sort(self.indices.reshape(-1))
+        where = ""
+        if len(flat) < self.size:
+            is_range = np.array_equal(flat, np.arange(flat[0], flat[-1] + 1))
+            ends = f"{flat[0]}:{flat[-1] + 1}"
+            where = f" {ends}" if is_range else f" {len(flat)} of {self.size}"
+        times = self.indices.shape[1]
+        return f"{self.path}[{self.axis}]{where}{f' x{times}' if times > 1 else ''}"
+
+    def units_along(self) -> np.ndarray:
+        """For each index of the axis the unit that it belongs to, or -1."""
+        units = np.full(self.size, -1)
+        each = np.arange(len(self.indices))[:, None]
+        units[self.indices] = np.broadcast_to(each, self.indices.shape)
+        return units
+
+
+class Family(NamedTuple):
+    """Units along one axis of the network: any of them can go, but for the last."""
+
+    size: int  # units
+    entries: int  # of each unit
+    slices: tuple[Slices, ...]
+    is_traced: bool  # fn was traced with fewer units, and did the same with them
+
+    def __str__(self) -> str:
+        """Return the first slices."""
+        return str(self.slices[0])
+
+
+class Pinned(NamedTuple):
+    """An axis of a leaf that cannot lose (all of) its indices, and why."""
+
+    path: str
+    axis: int
+    size: int
+    reason: str
+
+
+def unit_entries(slices: Sequence[Slices], shapes: Sequence[Any]) -> int:
+    """Entries that one unit holds, each counted once."""
+    entries = 0
+    for leaf in {part.leaf for part in slices}:
+        times = {s.axis: s.indices.shape[1] for s in slices if s.leaf == leaf}
+        rest = (n - times.get(axis, 0) for axis, n in enumerate(shapes[leaf]))
+        entries += math.prod(shapes[leaf]) - math.prod(rest)
+    return entries
+
+
+def own_sizes(families: Sequence[Family]) -> str:
+    """Which families fn could not be traced with fewer units of; nothing if none."""
+    numbers = [str(i) for i, family in enumerate(families) if not family.is_traced]
+    if not numbers:
+        return ""
+    which = "family " if len(numbers) == 1 else "families "
+    which += ", ".join(numbers[:6]) + (", ..." if len(numbers) > 6 else "")
+    return f"\n\nfn keeps sizes of {which}: it has to be built anew for fewer units."
