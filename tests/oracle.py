@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import jax
 import numpy as np
 
 
@@ -80,3 +81,52 @@ def gsm_step(
         new_momenta.append(z)
         new_weights.append(w - lr * (push + beta * z if nesterov else z))
     return new_weights, new_momenta
+
+
+def members(units):
+    """For each family, for each unit, which entries of every leaf it holds: bools."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(units.like)]
+    found = []
+    for family in units.families:
+        of_family = []
+        for unit in range(family.size):
+            held = [np.zeros(shape, bool) for shape in shapes]
+            for part in family.slices:
+                rows = np.moveaxis(held[part.leaf], part.axis, 0)
+                rows[part.indices[unit]] = True
+            of_family.append(held)
+        found.append(of_family)
+    return found
+
+
+def unit_scores(held, scores):
+    """The mean score of the entries of each unit, for each family."""
+    wide = _wide(scores)
+    mean = lambda unit: np.concatenate(
+        [t[m] for t, m in zip(wide, unit, strict=True)]
+    ).mean()
+    return [np.array([mean(unit) for unit in family]) for family in held]
+
+
+def active_by_unit(held, means, kept, min_units=1):
+    """B: all entries of the units of greatest mean, as many as hold `kept` entries."""
+    means = [np.where(np.isnan(m), np.inf, m) for m in means]
+    least = [np.sort(m)[::-1][:min_units][-1] if min_units else np.inf for m in means]
+    first = [
+        np.where((m >= x) & (m > 0), np.inf, m)
+        for m, x in zip(means, least, strict=True)
+    ]
+    in_units = [np.any(m, 0) for m in zip(*(u for f in held for u in f), strict=True)]
+    if kept == sum(m.sum() for m in in_units):
+        return [np.ones(m.shape, bool) for m in in_units]
+    levels = np.unique(np.concatenate(first))[::-1] if kept else [np.inf]
+    for level in levels:
+        masks = [np.ones(m.shape, bool) for m in in_units]
+        for family, mean in zip(held, first, strict=True):
+            for unit, m in zip(family, mean, strict=True):
+                if m < level or m == 0:
+                    masks = [a & ~b for a, b in zip(masks, unit, strict=True)]
+        number = sum((a & b).sum() for a, b in zip(masks, in_units, strict=True))
+        if number >= kept:
+            break
+    return masks

@@ -23,6 +23,7 @@ from gsm_optax import (
     mask_by_importance,
     tempered_importance,
 )
+from gsm_optax.units import find_units
 
 RATIO, STEPS = 0.75, 4
 HALF = {"momentum": 0.5, "weight_decay": 2.0**-3}
@@ -30,8 +31,16 @@ HALF = {"momentum": 0.5, "weight_decay": 2.0**-3}
 
 SHAPES = {"a": {"kernel": (4, 6), "bias": (6,)}, "b": (2, 2, 4)}
 tree = partial(normal, SHAPES)
+LIKE = [(4, 6), (6,), (2, 2, 4)]
 PRUNABLE = 4 * 6 + 2 * 2 * 4
 MASK = magnitude_mask(tree(0), RATIO)
+UNITS = find_units(
+    lambda params, x: (
+        jnp.tanh(jnp.tensordot(x, params["b"], 2)) @ params["a"]["kernel"]
+    ),
+    tree(0),
+    jnp.ones((1, 2, 2)),
+)
 ROWS = {
     "mask_by_importance": mask_by_importance(RATIO),
     "gsm_sgd, schedules": gsm_sgd(  # which is gsm and the learning rate
@@ -41,6 +50,9 @@ ROWS = {
         **HALF,
     ),
     "freeze_pruned": freeze_pruned(MASK),
+    "units": gsm_sgd(
+        2.0**-4, RATIO, units=UNITS, smoothing=0.5, track_churn=True, **HALF
+    ),
     "everything on": gsm_sgd(
         2.0**-4,
         RATIO,
@@ -177,14 +189,14 @@ def test_extra_args_pass(tx):
 
 
 def test_map_params_touches_what_is_like_the_parameters(tx):
-    """Zeroing it leaves scalars alone: the state keeps its shape and its counts."""
+    """Zeroing it leaves the rest alone: scalars, counts, averages of units."""
     _, state, _ = loop(tx)
     assert_same(optax.tree.map_params(tx, lambda x: x, state), state)
     zeroed = optax.tree.map_params(tx, jnp.zeros_like, state)
     for a, b in zip(jax.tree.leaves(zeroed), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        counts = not a.ndim or a.dtype == jnp.int32
-        np.testing.assert_array_equal(a, b if counts else jnp.zeros_like(a))
+        other = a.shape not in LIKE or a.dtype == jnp.int32
+        np.testing.assert_array_equal(a, b if other else jnp.zeros_like(a))
 
 
 def test_masked_has_the_budget_of_its_part(selecting):
@@ -276,9 +288,11 @@ def test_learning_rate_tuners_leave_the_choice_alone(wrapper):
 
 def test_types_of_states_are_stable_on_an_explicit_mesh(selecting):
     """Shapes, dtypes and shardings of init are the same after a step, and under jit."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("x",), explicit, devices=jax.devices()[:2])
+    specs = {"a": {"kernel": jax.P(None, "x"), "bias": jax.P()}, "b": jax.P("x")}
     with jax.set_mesh(mesh):
-        params = jax.device_put(jnp.ones((4, 8), jnp.bfloat16), jax.P(None, "x"))
+        params = jax.device_put(tree(0, jnp.bfloat16), specs)
         types = partial(jax.tree.map, jax.typeof)
         start = selecting.init(params)
         updates, state = jax.jit(selecting.update)(params, start, params)

@@ -107,7 +107,7 @@ class WholeUnits:
         kept, total = as_int32(kept), as_int32(self.total)
 
         def excess_at(probes):
-            active = [jnp.sum(key >= probes[:, None], 1) for key in keys]
+            active = [jnp.sum(key[None] >= probes[:, None], 1) for key in keys]
             return excess(self._entries(active, self._parts), kept)
 
         found = search_all_keys(excess_at, kept, total, start)
@@ -175,6 +175,8 @@ def _axes(
 
 def _raised(keys: jax.Array, number: int) -> jax.Array:
     """Order keys of which the greatest few, if they are positive, are above all."""
+    if not number:
+        return keys
     least = jax.lax.top_k(keys, min(number, keys.size))[0][-1]
     reserved = (keys >= jnp.maximum(least, 1)) & (keys < INF_KEY)
     return jnp.where(reserved, np.int32(INF_KEY), keys)

@@ -1,0 +1,424 @@
+"""Whole units are active or passive: the choice, training by it, floors, pruning."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+from trees import assert_same, first_step, mesh_of, normal, place_scalars
+
+from gsm_optax import (
+    decay_budget,
+    gsm_sgd,
+    magnitude_mask,
+    mask_by_importance,
+    metrics,
+    prune,
+    tempered_importance,
+)
+from gsm_optax.freezing import freeze_blocks
+from gsm_optax.units import find_units, shrink
+
+SHAPES = {
+    "conv": (3, 3, 1, 4),
+    "conv_bias": (1, 1, 1, 4),
+    "dense": (64, 8),  # 16 rows a channel
+    "dense_bias": (1, 8),
+    "square": (8, 8),  # both axes of one family
+    "head": (24, 3),  # 8 rows in units, 16 in none
+    "head_bias": (1, 3),  # in none
+}
+
+
+def network(params, images):
+    """A convolution, flattened; a residual layer; the images beside its output."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(
+        images, params["conv"], (1, 1), "SAME", dimension_numbers=layout
+    )
+    x = jax.nn.relu(x + params["conv_bias"]).reshape(len(images), -1)
+    x = jax.nn.relu(x @ params["dense"] + params["dense_bias"])
+    x = x + jax.nn.relu(x @ params["square"])
+    x = jnp.concatenate([x, images.reshape(len(images), -1)], 1)
+    return x @ params["head"] + params["head_bias"]
+
+
+draw = partial(normal, SHAPES)
+UNITS = find_units(network, draw(), jnp.ones((2, 4, 4, 1)))
+HELD = oracle.members(UNITS)
+TOTAL = 36 + 4 + 64 * 8 + 8 + 64 + 24  # entries in units
+
+
+def products(params, grads):
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    return [oracle.importance(w, g) for w, g in pairs]
+
+
+def chosen(params, grads, ratio, **floors):
+    means = oracle.unit_scores(HELD, products(params, grads))
+    kept = oracle.budget(ratio, TOTAL)
+    return oracle.active_by_unit(HELD, means, kept, **floors)
+
+
+def with_masks(tree, masks):
+    """The tree, with zeros outside the masks."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, masks, strict=True)
+    return jax.tree.unflatten(
+        treedef, [np.where(m, x, np.float32(0)) for x, m in pairs]
+    )
+
+
+# The choice
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 0.9])
+def test_choice_is_that_of_the_definition(ratio):
+    tx = jax.jit(mask_by_importance(ratio, units=UNITS).update)
+    state = mask_by_importance(ratio, units=UNITS).init(draw())
+    for seed in range(3):
+        params, grads = draw(seed), draw(seed + 10)
+        updates, state = tx(grads, state, params)
+        masks = chosen(params, grads, ratio)
+        assert_same(updates, with_masks(grads, masks))
+        in_units = [np.any(m, 0) for m in zip(*sum(HELD, []), strict=True)]
+        number = sum((a & b).sum() for a, b in zip(masks, in_units, strict=True))
+        assert state.num_active == number
+        assert state.num_kept == oracle.budget(ratio, TOTAL) <= number
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e18])
+def test_means_are_those_of_float64_at_any_scale(scale):
+    """Scores of a unit may lie decades apart, and units too."""
+    spread = jax.tree.map(lambda x: jnp.sign(x) * jnp.exp(4 * x) * scale, draw(3))
+    tx = mask_by_importance(0.5, units=UNITS, smoothing=0.5)
+    _, state = first_step(tx, draw(4), spread)
+    means = oracle.unit_scores(HELD, products(spread, draw(4)))
+    for got, want in zip(state.average, means, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_nan_shows_and_dead_units_are_passive():
+    params, grads = draw(0), draw(1)
+    grads["conv"] = grads["conv"].at[0, 0, 0, 2].set(jnp.nan)
+    grads["dense"] = grads["dense"].at[:, 5].set(0)
+    grads["dense_bias"] = grads["dense_bias"].at[:, 5].set(0)
+    for name, rows in {"square": np.s_[5], "head": np.s_[5]}.items():
+        grads[name] = grads[name].at[rows].set(0)
+    grads["square"] = grads["square"].at[:, 5].set(0)
+    for ratio in (0.01, 0.9):
+        updates, state = first_step(
+            mask_by_importance(ratio, units=UNITS), grads, params
+        )
+        assert jnp.isnan(updates["conv"][0, 0, 0, 2])
+        assert (updates["conv"][..., 2] != 0).all()
+        assert not updates["dense"][:, 5].any()
+        assert jnp.isfinite(state.threshold)
+
+
+def test_ties_are_all_active():
+    params = jax.tree.map(jnp.ones_like, draw())
+    updates, state = first_step(mask_by_importance(0.9, units=UNITS), params, params)
+    assert_same(updates, params)
+    assert state.num_active == TOTAL
+
+
+# Training
+
+
+@pytest.mark.parametrize("passive", [None, 0.25])
+def test_training_is_the_equation_with_one_mask_a_unit(passive):
+    """Biases of units decay, what is in no unit gets its gradient."""
+    kwargs = {"momentum": 0.5, "weight_decay": 2.0**-4, "passive_decay": passive}
+    tx = gsm_sgd(2.0**-3, 0.5, units=UNITS, **kwargs)
+    update = jax.jit(tx.update)
+    params, state = draw(0), tx.init(draw(0))
+    weights = [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
+    momenta = [0 * w for w in weights]
+    decays = [name != "head_bias" for name in sorted(SHAPES)]
+    for seed in range(1, 6):
+        grads = draw(seed)
+        masks = chosen(params, grads, 0.5)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for i, (g, b) in enumerate(zip(jax.tree.leaves(grads), masks, strict=True)):
+            eta = np.where(b, 2.0**-4, 2.0**-4 if passive is None else passive)
+            push = eta * weights[i] * decays[i] + np.where(b, g, 0)
+            momenta[i] = 0.5 * momenta[i] + push
+            weights[i] = weights[i] - 2.0**-3 * momenta[i]
+        for got, want in zip(jax.tree.leaves(params), weights, strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
+
+
+def test_averages_are_those_of_the_units():
+    tx = mask_by_importance(0.5, units=UNITS, smoothing=0.75)
+    update, state = jax.jit(tx.update), tx.init(draw(0))
+    past = []
+    for seed in range(4):
+        params, grads = draw(seed), draw(seed + 10)
+        updates, state = update(grads, state, params)
+        past.append(oracle.unit_scores(HELD, products(params, grads)))
+        want = [
+            oracle.averages(scores, np.ones_like(scores), 0.75)[-1]
+            for scores in zip(*past, strict=True)
+        ]
+        for got, mean in zip(state.average, want, strict=True):
+            np.testing.assert_allclose(got, mean, rtol=1e-5)
+        masks = oracle.active_by_unit(HELD, want, oracle.budget(0.5, TOTAL))
+        assert_same(updates, with_masks(grads, masks))
+
+
+def train(ratio, steps=300, **kwargs):
+    """Fit random labels; return parameters, the loss, and its function."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(32, 4, 4, 1)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 3, 32))
+
+    def loss(params):
+        logits = network(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    settings = {"momentum": 0.9, "weight_decay": 1e-3, "passive_decay": 0.1}
+    tx = gsm_sgd(0.05, ratio, units=UNITS, **settings, **kwargs)
+    assert decay_budget(0.05, steps, **settings).total > 10
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jax.tree.map(lambda x: x / 4, draw(0))
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, None, steps)[0])
+    return *scan((params, tx.init(params))), loss, images
+
+
+def test_after_training_units_go_without_loss_and_the_network_is_smaller():
+    params, state, loss, images = train(
+        0.6, smoothing=0.9, importance=tempered_importance(0.5)
+    )
+    pruned = prune(params, 0.6, units=UNITS)
+    assert loss(pruned) == pytest.approx(float(loss(params)), abs=1e-5)
+    assert loss(params) < 0.5 < 0.9 < loss(prune(draw(0), 0.6, units=UNITS))
+    small, plan = shrink(pruned, UNITS)
+    np.testing.assert_allclose(
+        network(small, images), network(pruned, images), atol=1e-5
+    )
+    numbers = metrics(params, state)
+    assert numbers["gsm/num_active"] >= oracle.budget(0.6, TOTAL)
+    entries = sum(x.size for x in jax.tree.leaves(small))
+    assert entries <= 0.55 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_frozen_leaves_have_no_say_and_do_not_move():
+    """N counts the entries of the others; the mean of a unit is over those."""
+    frozen = {"conv", "conv_bias", "square"}
+    trainable = {name: name not in frozen for name in SHAPES}
+    params, grads = draw(0), draw(1)
+    held = [
+        [[m & (n not in frozen) for m, n in zip(u, sorted(SHAPES))] for u in family]
+        for family in HELD
+    ]
+    means = oracle.unit_scores(held, products(params, grads))
+    kept = oracle.budget(0.5, TOTAL - 36 - 4 - 64)
+    masks = oracle.active_by_unit(held, means, kept)
+    masks = [m & (n not in frozen) for m, n in zip(masks, sorted(SHAPES), strict=True)]
+    tx = mask_by_importance(0.5, units=UNITS)
+    updates, state = first_step(tx, grads, params, trainable=trainable)
+    assert_same(updates, with_masks(grads, masks))
+    assert state.num_kept == kept
+    inner = gsm_sgd(0.1, 0.5, units=UNITS)
+    tx = freeze_blocks(inner, {"conv": 0, "dense": 1, "square": 1, "head": 1})
+    updates, _ = first_step(tx, grads, params, num_frozen=jnp.int32(1))
+    assert not updates["conv"].any()
+    assert not updates["conv_bias"].any()
+    assert updates["dense"].any()
+
+
+# Devices
+
+
+LAYOUT = {
+    "conv": P(None, None, None, "y"),
+    "dense": P("x", "y"),
+    "square": P("y", "x"),
+    "head": P("x"),
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_any_mesh_chooses_as_one_device(mode):
+    tx = gsm_sgd(
+        2.0**-3,
+        0.5,
+        momentum=0.5,
+        weight_decay=2.0**-7,
+        units=UNITS,
+        smoothing=0.5,
+        track_churn=True,
+    )
+
+    def run(params, state, put=lambda tree: tree):
+        step, history = jax.jit(tx.update), []
+        for seed in range(1, 4):
+            updates, state = step(put(draw(seed)), state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            history.append((params, state, updates))
+        return history
+
+    wanted = run(draw(0), tx.init(draw(0)))
+    with mesh_of(mode) as mesh:
+        put = lambda tree: {
+            name: jax.device_put(x, NamedSharding(mesh, LAYOUT.get(name, P())))
+            for name, x in tree.items()
+        }
+        params = put(draw(0))
+        state = place_scalars(tx.init(params), mesh)
+        for got, want in zip(run(params, state, put), wanted, strict=True):
+            assert_same(got, want)
+            assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
+
+
+def test_copies_in_shard_map_choose_as_one_device():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = mask_by_importance(0.5, units=UNITS, axis_name=())
+    update = jax.shard_map(
+        lambda grads, params: tx.update(grads, tx.init(params), params)[0],
+        mesh=mesh,
+        in_specs=(P(), P()),
+        out_specs=P(),
+    )
+    plain, _ = first_step(tx, draw(1), draw(0))
+    assert_same(jax.jit(update)(draw(1), draw(0)), plain)
+
+
+# Floors
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_so_many_units_of_every_family_stay(number):
+    params, grads = draw(0), draw(1)
+    grads["conv"] = grads["conv"] * 1e-6
+    grads["conv_bias"] = grads["conv_bias"] * 1e-6
+    grads["dense"] = grads["dense"] * 1e-6
+    tx = mask_by_importance(0.8, units=UNITS, min_units=number)
+    updates, _ = first_step(tx, grads, params)
+    masks = chosen(params, grads, 0.8, min_units=number)
+    assert_same(updates, with_masks(grads, masks))
+    assert (updates["conv_bias"] != 0).sum() >= number  # and these are least important
+    mask = magnitude_mask(params, 0.5, units=UNITS, min_units=number)
+    assert mask["conv_bias"].sum() >= number
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_so_many_entries_of_every_leaf_stay(number):
+    shapes = {"a": (6, 5), "b": (4, 4), "c": (2, 2)}
+    params, grads = normal(shapes, 0), normal(shapes, 1)
+    grads["b"], grads["c"] = grads["b"] * 1e-6, grads["c"].at[0, 0].set(0) * 1e-6
+    tx = mask_by_importance(0.7, min_kept=number)
+    updates, state = first_step(tx, grads, params)
+    scores = products(params, grads)
+    first = [np.sort(t.ravel())[::-1][:number][-1] for t in scores]
+    raised = [
+        np.where((t >= least) & (t > 0), np.inf, t)
+        for t, least in zip(scores, first, strict=True)
+    ]
+    masks = oracle.active(raised, oracle.budget(0.7, 50))
+    assert_same(updates, with_masks(grads, masks))
+    assert state.num_active == sum(m.sum() for m in masks)
+    assert [int((u != 0).sum()) for u in (updates["b"], updates["c"])] == [
+        number,
+        min(number, 3),  # a score of zero is never active
+    ]
+    kept = magnitude_mask(
+        jax.tree.map(jnp.multiply, params, grads), 0.7, min_kept=number
+    )
+    assert_same(kept, jax.tree.unflatten(jax.tree.structure(params), masks))
+
+
+# Pruning
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8])
+def test_units_are_pruned_by_their_mean_magnitude(ratio):
+    params = draw(5)
+    magnitudes = [np.abs(x) for x in jax.tree.leaves(params)]
+    means = oracle.unit_scores(HELD, magnitudes)
+    masks = oracle.active_by_unit(HELD, means, oracle.budget(ratio, TOTAL))
+    mask = magnitude_mask(params, ratio, units=UNITS)
+    assert_same(mask, jax.tree.unflatten(jax.tree.structure(params), masks))
+    assert_same(prune(params, ratio, units=UNITS), with_masks(params, masks))
+
+
+# Trees and errors
+
+
+def test_a_part_of_the_variables_is_enough():
+    """As one collection of a linen module, or nnx's parameters without statistics."""
+    everything = {"params": draw(0), "stats": {"mean": jnp.zeros((1, 8))}}
+
+    def fn(variables, images):
+        own = variables["params"]
+        mean = variables["stats"]["mean"]
+        return network(own | {"dense_bias": own["dense_bias"] - mean}, images)
+
+    units = find_units(fn, everything, jnp.ones((2, 4, 4, 1)))
+    part = mask_by_importance(0.5, units=units)
+    updates, _ = first_step(part, draw(1), draw(0))
+    plain, _ = first_step(mask_by_importance(0.5, units=UNITS), draw(1), draw(0))
+    assert_same(updates, plain)
+    assert_same(
+        magnitude_mask(draw(0), 0.5, units=units),
+        magnitude_mask(draw(0), 0.5, units=UNITS),
+    )
+
+
+def test_leaves_without_a_gradient_have_no_say():
+    """A frozen backbone: None in the place of its gradients."""
+    grads = draw(1) | {"conv": None, "conv_bias": None}
+    updates, state = first_step(mask_by_importance(0.5, units=UNITS), grads, draw(0))
+    assert updates["conv"] is None
+    assert state.num_kept == oracle.budget(0.5, TOTAL - 40)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gsm_sgd(0.1, 0.5, units=UNITS, prunable=True), "leave prunable= out"),
+        (lambda: gsm_sgd(0.1, 0.5, units=UNITS, axis_name="x"), "or \\(\\)"),
+        (lambda: gsm_sgd(0.1, 0.5, min_units=2), "goes with units="),
+        (lambda: gsm_sgd(0.1, 0.5, units=UNITS, min_kept=2), "is of entries"),
+        (lambda: gsm_sgd(0.1, 0.5, min_kept=1.5), "whole number"),
+        (lambda: magnitude_mask(draw(), 0.99, units=UNITS), "min_units of every"),
+        (lambda: magnitude_mask(draw(), 0.5, min_kept=500), "min_kept of every"),
+        (lambda: magnitude_mask(draw(), 0.5, units=UNITS, prunable=True), "give one"),
+        (
+            lambda: gsm_sgd(0.1, 0.5, units=UNITS).init({"x": jnp.ones((2, 2))}),
+            "x are not among the parameters",
+        ),
+        (
+            lambda: gsm_sgd(0.1, 0.5, units=UNITS).init(
+                draw() | {"square": jnp.ones((2, 2))}
+            ),
+            r"square has shape \[2, 2\], but \[8, 8\]",
+        ),
+        (
+            lambda: prune(
+                draw(), 0.5, opt_state=gsm_sgd(0.1, 0.5, units=UNITS).init(draw())
+            ),
+            "with units= in place of opt_state=",
+        ),
+        (
+            lambda: gsm_sgd(
+                0.1, optax.linear_schedule(0.0, 0.99, 10), units=UNITS
+            ).init(draw()),
+            "min_units of every",
+        ),
+    ],
+)
+def test_errors_say_what_to_give(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
