@@ -50,6 +50,7 @@ def network(params, images):
 draw = partial(normal, SHAPES)
 UNITS = find_units(network, draw(), jnp.ones((2, 4, 4, 1)))
 HELD = oracle.members(UNITS)
+IN_UNITS = [np.any(m, 0) for m in zip(*(u for f in HELD for u in f), strict=True)]
 TOTAL = 36 + 4 + 64 * 8 + 8 + 64 + 24  # entries in units
 
 
@@ -85,8 +86,7 @@ def test_choice_is_that_of_the_definition(ratio):
         updates, state = tx(grads, state, params)
         masks = chosen(params, grads, ratio)
         assert_same(updates, with_masks(grads, masks))
-        in_units = [np.any(m, 0) for m in zip(*sum(HELD, []), strict=True)]
-        number = sum((a & b).sum() for a, b in zip(masks, in_units, strict=True))
+        number = sum((m & u).sum() for m, u in zip(masks, IN_UNITS, strict=True))
         assert state.num_active == number
         assert state.num_kept == oracle.budget(ratio, TOTAL) <= number
 
@@ -203,7 +203,7 @@ def test_after_training_units_go_without_loss_and_the_network_is_smaller():
     pruned = prune(params, 0.6, units=UNITS)
     assert loss(pruned) == pytest.approx(float(loss(params)), abs=1e-5)
     assert loss(params) < 0.5 < 0.9 < loss(prune(draw(0), 0.6, units=UNITS))
-    small, plan = shrink(pruned, UNITS)
+    small, _ = shrink(pruned, UNITS)
     np.testing.assert_allclose(
         network(small, images), network(pruned, images), atol=1e-5
     )
@@ -218,14 +218,13 @@ def test_frozen_leaves_have_no_say_and_do_not_move():
     frozen = {"conv", "conv_bias", "square"}
     trainable = {name: name not in frozen for name in SHAPES}
     params, grads = draw(0), draw(1)
-    held = [
-        [[m & (n not in frozen) for m, n in zip(u, sorted(SHAPES))] for u in family]
-        for family in HELD
-    ]
+    own = [name not in frozen for name in sorted(SHAPES)]
+    part = lambda masks: [m & x for m, x in zip(masks, own, strict=True)]
+    held = [list(map(part, family)) for family in HELD]
     means = oracle.unit_scores(held, products(params, grads))
     kept = oracle.budget(0.5, TOTAL - 36 - 4 - 64)
     masks = oracle.active_by_unit(held, means, kept)
-    masks = [m & (n not in frozen) for m, n in zip(masks, sorted(SHAPES), strict=True)]
+    masks = part(masks)
     tx = mask_by_importance(0.5, units=UNITS)
     updates, state = first_step(tx, grads, params, trainable=trainable)
     assert_same(updates, with_masks(grads, masks))

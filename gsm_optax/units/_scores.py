@@ -1,11 +1,13 @@
 """The mean score of the entries of each unit, the same bits on every mesh.
 
 A sum of floats depends on its order, and that on how many devices hold the leaf. Here
-entries are rounded to multiples of 2⁻²⁴ of the greatest of their unit and added up as
-integers, in two words; a maximum does not depend on the order either.
+entries are split into multiples of a power of two, coarse ones and fine ones, whose
+sums are exact in float32, and so is a maximum (Demmel and Nguyen, *Fast Reproducible
+Floating-Point Summation*, 2013).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gsm_optax._placement import Leaves, along, everywhere, is_local
+from gsm_optax._placement import Leaves, along, everywhere
 from gsm_optax._reductions import INF_KEY, ScoreFn, order_key
 from gsm_optax.units._families import Family, Slices, unit_entries
+
+EXACT = 24
+"""Sums of whole numbers are exact in float32 up to 2 to the power of this."""
 
 
 def mean_scores(
@@ -36,41 +41,67 @@ def mean_scores(
         own, flagged = score, zip(leaves, parts, strict=True)
         score = lambda *args: jnp.where(args[-1], own(*args[:-1]), 0)
         leaves = [(*args, part) for args, part in flagged]
-    return [_mean(family, score, leaves, parts) for family in families]
+    means, before = [], ()
+    for family in families:
+        mean = _mean(family, score, leaves, parts, before)
+        means.append(mean)
+        before = mean
+    return means
 
 
-def greatest_scores(family: Family, score: ScoreFn, leaves: Leaves) -> jax.Array:
+def greatest_scores(
+    family: Family, score: ScoreFn, leaves: Leaves, before: Any = ()
+) -> jax.Array:
     """The greatest score in each unit: float32[size], NaN if there is one."""
     found = []
     for part in family.slices:
-        args = leaves[part.leaf]
-        others = [axis for axis in range(args[0].ndim) if axis != part.axis]
-        greatest = everywhere(jnp.max(score(*args), others, initial=0))
-        found.append(greatest[part.indices].max(1))
+        args, before = _anew(leaves[part.leaf], before)
+        x = score(*args)
+        before = everywhere(jnp.max(x, _others(x, part), initial=0))
+        found.append(before[part.indices].max(1))
     # A NaN may come with its sign bit set, and would then be the least of all keys.
     return jnp.abs(jnp.max(jnp.stack(found), 0))
 
 
+def _anew(args: Any, before: Any) -> tuple[Any, Any]:
+    """The arguments of a sum that is to be computed behind another one.
+
+    Every one of them computes the scores anew. Otherwise XLA would compute them once
+    for all, and store them: 4 bytes an entry, and slower on the CPU.
+    """
+    return lax.optimization_barrier((args, before))
+
+
 def _mean(
-    family: Family, score: ScoreFn, leaves: Leaves, parts: Sequence[jax.Array] | None
+    family: Family,
+    score: ScoreFn,
+    leaves: Leaves,
+    parts: Sequence[jax.Array] | None,
+    before: Any,
 ) -> jax.Array:
     shapes = [args[0].shape for args in leaves]
-    greatest = greatest_scores(family, score, leaves)
-    # 2^exponent is above the greatest, or a quarter of it where that is above 2^126.
-    exponent = jnp.clip(order_key(greatest) >> 23, 1, 252) - 126
     entries = unit_entries(family.slices, shapes)
-    bits = max(1, min(12, 29 - entries.bit_length()))  # of a word: sums stay in int32
-    sums = [
-        _sum_words(family.slices[:i], part, score, leaves[part.leaf], exponent, bits)
-        for i, part in enumerate(family.slices)
-    ]
-    high, low = (sum(words).astype(jnp.float32) for words in zip(*sums, strict=True))
-    total = (high * 2**bits + low) * _power_of_two(exponent) / 2.0 ** (2 * bits)
+    bits = max(1, EXACT - 2 - entries.bit_length())  # of each entry, coarse and fine
+    greatest = greatest_scores(family, score, leaves, before)
+    # 2^exponent is above the greatest, or a quarter of it where that is above 2^126.
+    exponent = jnp.clip((order_key(greatest) >> 23) - 126, bits - 126, 126)
+    scales = _power_of_two(bits - exponent)
+    coarse = fine = jnp.zeros(family.size, jnp.float32)
+    for i, part in enumerate(family.slices):
+        scaled = partial(
+            _scaled, family.slices[:i], part, score, leaves[part.leaf], scales, bits
+        )
+        x, _ = scaled(before=fine)
+        coarse += _sum(jnp.round(x), part)
+        x, more = scaled(before=coarse)
+        fine += _sum(jnp.round((x - jnp.round(x)) * more), part)
+    total = coarse + fine / np.float32(2**bits)
     if parts is None:
         mean = total * np.float32(1 / entries)
     else:
         number = _entries_in_parts(family.slices, shapes, parts)
         mean = jnp.where(number > 0, total / jnp.maximum(number, 1), 0)
+    mean = mean / np.float32(2**bits) * _power_of_two(exponent)
     finite = order_key(greatest) < INF_KEY
     # Stored once, so that all who compare it read the same bits.
     return lax.optimization_barrier(jnp.where(finite, mean, greatest))
@@ -81,49 +112,39 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _sum_words(
-    before: Sequence[Slices],
+def _scaled(
+    counted: Sequence[Slices],
     part: Slices,
     score: ScoreFn,
     args: tuple[jax.Array, ...],
-    exponent: jax.Array,
+    scales: jax.Array,
     bits: int,
+    before: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """High and low words of the sum over slices, but for what `before` has counted."""
-    x = score(*args)
-    down = jnp.append(_power_of_two(-exponent), 0)[part.units_along()]
-    x = (x * along(down, args[0], part.axis)) * np.float32(2.0 ** (2 * bits))
+    """Scores of slices times the scale of their unit, and 2^bits.
+
+    Zero in no unit, and where slices of the same family have `counted` them.
+    """
     own = part.units_along()
-    for other in before:
+    row = jnp.append(scales, 0)[own]
+    (args, row, more), _ = _anew((args, row, jnp.float32(2**bits)), before)
+    x = score(*args) * along(row, args[0], part.axis)
+    for other in counted:
         if other.leaf == part.leaf:
-            x = jnp.where(
-                along(jnp.asarray(own), args[0], part.axis)
-                == along(jnp.asarray(other.units_along()), args[0], other.axis),
-                0,
-                x,
-            )
-    x = jnp.round(x).astype(jnp.int32)
-    words = x >> bits, x & ((1 << bits) - 1)
-    others = tuple(axis for axis in range(x.ndim) if axis != part.axis)
-    high, low = map(everywhere, _sum_pair(*words, others, is_local([args], None)))
-    return high[part.indices].sum(1), low[part.indices].sum(1)
+            theirs = along(jnp.asarray(other.units_along()), args[0], other.axis)
+            again = along(jnp.asarray(own), args[0], part.axis) == theirs
+            x = jnp.where(again, 0, x)
+    return x, more
 
 
-def _sum_pair(
-    one: jax.Array, other: jax.Array, axes: tuple[int, ...], local: bool
-) -> Sequence[jax.Array]:
-    """Sums of two int32 arrays over axes, in one loop where that is quicker."""
+def _sum(x: jax.Array, part: Slices) -> jax.Array:
+    """Sum over each unit: float32[size]."""
+    return everywhere(jnp.sum(x, _others(x, part)))[part.indices].sum(1)
 
-    def plain(one, other):
-        return [jnp.sum(one, axes), jnp.sum(other, axes)]
 
-    def together(one, other):  # see _reductions: plain sums of integers are not fused
-        add = lambda a, b: (a[0] + b[0], a[1] + b[1])
-        return list(lax.reduce((one, other), (np.int32(0),) * 2, add, axes))
-
-    if not local:
-        return plain(one, other)
-    return lax.platform_dependent(one, other, cpu=together, default=plain)
+def _others(x: jax.Array, part: Slices) -> tuple[int, ...]:
+    """The axes but for that of the slices."""
+    return tuple(axis for axis in range(x.ndim) if axis != part.axis)
 
 
 def _entries_in_parts(
