@@ -52,3 +52,22 @@ def test_accelerator(tmp_path):
     assert rows["optax.sgd"]["launches_in_loops"] == []
     assert len(rows["gsm, 10 even passes"]["launches_in_loops"]) == 1
     assert len(rows["gsm, 5 passes"]["launches_in_loops"]) == 2
+
+
+@pytest.mark.slow
+def test_deployment(tmp_path):
+    printed, record = run_quickly("deploy", tmp_path)
+    networks = record["networks"]
+    assert networks["60x"]["weights"] == 837  # of 50,200
+    assert networks["300x, shrunk"]["weights"] <= networks["300x"]["weights"] == 167
+    assert networks["300x, shrunk"]["entries"] < networks["300x"]["entries"]
+    forms = {row["form"]: row for row in record["latency"]}
+    assert {"dense, JAX", "60x, JAX, shrunk", "60x, JAX, BCSR", "60x, SciPy, CSR"} <= (
+        set(forms)
+    )
+    assert all(row["difference"] <= 1e-4 for row in forms.values())
+    missing = set(record["left out"])
+    onnx = missing.isdisjoint({"jax2onnx", "onnxruntime"})
+    assert ("60x, ONNX Runtime, shrunk" in forms) == onnx
+    assert ("int8" in record) == ("qwix" not in missing)
+    assert all(f"pip install {name}" in printed for name in missing)
