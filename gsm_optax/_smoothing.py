@@ -58,12 +58,21 @@ def smooth(
     counts = counts + came
     weights, after = _newest_weights(smoothing, counts), []
     for i, (old, score, gone) in enumerate(zip(before, new, dead, strict=True)):
-        mean = (1 - weights[i]) * old.astype(jnp.float32) + weights[i] * score
+        past = _rounded((1 - weights[i]) * old.astype(jnp.float32))
+        mean = past + _rounded(weights[i] * score)
         mean = jnp.where(gone, 0, mean).astype(old.dtype)
         mean = mean if parts is None else jnp.where(parts[i], mean, old)
         # Stored once, so that all who compare it read the same bits.
         after.append(lax.optimization_barrier(mean))
     return after, counts
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """The product, less one bit, so that no compiler makes one of it and a sum.
+
+    Whether it would depends on the program, and so on the mesh.
+    """
+    return lax.reduce_precision(product, exponent_bits=8, mantissa_bits=22)
 
 
 def _newest_weights(smoothing: jax.typing.ArrayLike, counts: jax.Array) -> jax.Array:
