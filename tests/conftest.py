@@ -34,12 +34,40 @@ NOT_CORE = (
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the core tests."""
+    """Mark the core tests; of each file, the tests that are optimized come first."""
     for item in items:
         name = getattr(item, "originalname", item.name)
         slow = item.get_closest_marker("slow") or name in NOT_CORE
         if item.path.stem.startswith(CORE) and not slow:
             item.add_marker("core")
+    files = {path: i for i, path in enumerate(dict.fromkeys(x.path for x in items))}
+    items.sort(key=lambda item: (files[item.path], not is_optimized(item)))
+
+
+# Most of the time goes into compiling, and half of that into XLA's optimization. A file
+# or a test whose subject is not touched by it goes without: `optimize(False)`. Those
+# that compare the bits of two programs, or read a compiled one, are optimized.
+
+
+def is_optimized(item):
+    mark = item and item.get_closest_marker("optimize")
+    return mark is None or mark.args[0]
+
+
+def pytest_runtest_setup(item):
+    """Compile for this test as it is marked."""
+    _optimize(is_optimized(item))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compile for the next one as it is marked; a doctest has no setup here."""
+    _optimize(is_optimized(nextitem))
+
+
+def _optimize(whether):
+    if whether == jax.config.values["jax_disable_most_optimizations"]:
+        jax.config.update("jax_disable_most_optimizations", not whether)
+        jax.clear_caches()  # what was compiled otherwise must not be used again
 
 
 @pytest.fixture(scope="session", autouse=True)

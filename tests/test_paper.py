@@ -26,7 +26,7 @@ from examples.paper.training import evaluate, normalise, shift_and_mirror, train
 from gsm_optax import apply_mask, magnitude_mask
 
 # optax's schedules and flax's batch normalisation promote.
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.optimize(False)]
 
 # Models
 
