@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.optimize(False)
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
