@@ -1,7 +1,14 @@
 """Eight CPU devices, no implicit promotion of types, and shared compilations."""
 
+import os
+
 import jax
 import pytest
+
+# XLA splits a program into 32 parts, to compile them at once. That takes a quarter more
+# time in all, and the workers of pytest have the cores.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {FLAGS}"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

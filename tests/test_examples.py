@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.optimize(False)
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
