@@ -1,7 +1,15 @@
 """Eight CPU devices, no implicit promotion of types, and shared compilations."""
 
+import os
+
 import jax
 import pytest
+from jax._src import compiler
+
+# XLA splits a program into 32 parts, to compile them at once. That takes a quarter more
+# time in all, and the workers of pytest have the cores.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {FLAGS}"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,12 +42,57 @@ NOT_CORE = (
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the core tests."""
+    """Mark the core tests; of each file, the tests that are optimized come first."""
     for item in items:
         name = getattr(item, "originalname", item.name)
         slow = item.get_closest_marker("slow") or name in NOT_CORE
         if item.path.stem.startswith(CORE) and not slow:
             item.add_marker("core")
+    files = {path: i for i, path in enumerate(dict.fromkeys(x.path for x in items))}
+    items.sort(key=lambda item: (files[item.path], not is_optimized(item)))
+
+
+# Most of the time goes into compiling: three quarters of it into LLVM's passes, and the
+# code that XLA makes of fusions by MLIR. A test whose subject they do not touch goes
+# without, marked by `optimize(False)`. Those that compare the bits of two programs, or
+# read a compiled one, compile as users do.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 12):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
+def is_optimized(item):
+    mark = item and item.get_closest_marker("optimize")
+    return mark is None or mark.args[0]
+
+
+def pytest_runtest_setup(item):
+    """Compile for this test as it is marked."""
+    _optimize(is_optimized(item))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compile for the next one as it is marked; a doctest has no setup here."""
+    _optimize(is_optimized(nextitem))
+
+
+def _optimize(whether):
+    if whether != optimized[0]:
+        optimized[0] = whether
+        jax.clear_caches()  # what was compiled otherwise must not be used again
+
+
+optimized, _options = [True], compiler.get_compile_options
+
+
+def _quick_options(*args, env_options_overrides=None, **kwargs):
+    quick = {} if optimized[0] else QUICK
+    overrides = quick | (env_options_overrides or {})
+    return _options(*args, env_options_overrides=overrides, **kwargs)
+
+
+# Not public, but nothing public sets options for all that is compiled from now on.
+compiler.get_compile_options = _quick_options
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,8 @@ from gsm_optax import (
     magnitude_mask,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "resume.py"
 LAST_LINES = 2  # of what the example prints: accuracy, and digests
 

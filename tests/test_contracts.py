@@ -120,6 +120,7 @@ def test_scan_with_a_cond_that_skips_every_other_step(tx):
     assert_same(end, loop(tx, steps=STEPS // 2, grads=lambda i: grads_of(2 * i))[:2])
 
 
+@pytest.mark.optimize(False)
 def test_eval_shape_of_init_tells_every_state(tx):
     abstract = jax.eval_shape(tx.init, tree(0))
     _, state, _ = loop(tx)
@@ -150,6 +151,7 @@ def test_vmap_over_an_ensemble_is_each_model_alone(tx):
         assert_same(jax.tree.map(lambda x, k=k: x[k], carry), alone)
 
 
+@pytest.mark.optimize(False)
 def test_gradients_through_update_are_those_of_the_finite_difference(tx):
     """Along the gradient the update is linear as long as the choice stays."""
     params, state = tree(0), tx.init(tree(0))
@@ -161,6 +163,7 @@ def test_gradients_through_update_are_those_of_the_finite_difference(tx):
     np.testing.assert_allclose(slope, step, rtol=1e-5)
 
 
+@pytest.mark.optimize(False)
 def test_updates_and_states_keep_their_dtypes(tx):
     dtype = jnp.bfloat16  # float32 is in every other test
     start = tree(0, dtype)
@@ -188,6 +191,7 @@ def test_extra_args_pass(tx):
     assert_same(first_step(wrapped, grads_of(0), tree(0), unknown=2), plain)
 
 
+@pytest.mark.optimize(False)
 def test_map_params_touches_what_is_like_the_parameters(tx):
     """Zeroing it leaves the rest alone: scalars, counts, averages of units."""
     _, state, _ = loop(tx)
@@ -220,6 +224,7 @@ def test_partition_is_two_budgets():
         assert num_active(state.inner_states[name]) == budget(ratio, size)
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.promotes
 def test_multi_steps_is_the_mean_gradient(tx):
     every = optax.MultiSteps(tx, 2)
@@ -228,6 +233,7 @@ def test_multi_steps_is_the_mean_gradient(tx):
     assert_close((params, state.inner_opt_state), (wanted, plain))
 
 
+@pytest.mark.optimize(False)
 def test_apply_if_finite_skips_the_faulty_step(tx):
     guarded = optax.apply_if_finite(tx, max_consecutive_errors=3)
     bad = jax.tree.map(lambda x: x * jnp.nan, grads_of(0))
@@ -246,6 +252,7 @@ def test_flatten_needs_prunable_and_chooses_the_same():
         optax.flatten(gsm(RATIO)).init(tree(0))
 
 
+@pytest.mark.optimize(False)
 def test_clipping_goes_before():
     clipped = optax.chain(optax.clip_by_global_norm(0.5), gsm_sgd(2.0**-4, RATIO))
     clip = jax.jit(optax.clip_by_global_norm(0.5).update)
@@ -253,6 +260,7 @@ def test_clipping_goes_before():
     assert_close(loop(clipped)[0], loop(gsm_sgd(2.0**-4, RATIO), grads=by_hand)[0])
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.promotes
 def test_adam_sees_the_gradients_of_the_oracle():
     params, grads = tree(0), grads_of(0)
@@ -269,6 +277,7 @@ def test_adam_sees_the_gradients_of_the_oracle():
     assert (updates["a"]["bias"] != 0).all()
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.promotes
 @pytest.mark.parametrize("wrapper", ["schedule_free", "mechanize"])
 def test_learning_rate_tuners_leave_the_choice_alone(wrapper):
@@ -286,6 +295,7 @@ def test_learning_rate_tuners_leave_the_choice_alone(wrapper):
     assert jax.tree.structure(params) == jax.tree.structure(tree(0))
 
 
+@pytest.mark.optimize(False)
 def test_types_of_states_are_stable_on_an_explicit_mesh(selecting):
     """Shapes, dtypes and shardings of init are the same after a step, and under jit."""
     explicit = (jax.sharding.AxisType.Explicit,)
@@ -300,6 +310,7 @@ def test_types_of_states_are_stable_on_an_explicit_mesh(selecting):
         assert types(updates) == types(params)
 
 
+@pytest.mark.optimize(False)
 def test_with_64_bits_enabled():
     with jax.enable_x64(True):
         params = jnp.arange(1.0, 7.0).reshape(2, 3)
@@ -340,6 +351,7 @@ def test_injected_is_the_plain_one(name, form):
     assert set(kwargs) <= set(state.hyperparams)
 
 
+@pytest.mark.optimize(False)
 def test_injected_schedules_are_followed_without_compiling_again():
     ratios = [0.0, 0.25, 0.5, 0.75]
     tx = optax.inject_hyperparams(gsm_sgd)(

@@ -14,6 +14,8 @@ import pytest
 import gsm_optax
 from gsm_optax import magnitude_mask
 
+pytestmark = pytest.mark.optimize(False)
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     path

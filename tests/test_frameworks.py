@@ -26,6 +26,8 @@ from gsm_optax import (
     sparsity_report,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 RATIO, STEPS = 0.75, 5
 SIZES = (6, 16, 3)
 KERNEL_ENTRIES = 6 * 16 + 16 * 3

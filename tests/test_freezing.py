@@ -24,6 +24,8 @@ from gsm_optax import (
 )
 from gsm_optax.freezing import freeze_blocks, single_shot, stop_frozen_gradients
 
+pytestmark = pytest.mark.optimize(False)
+
 BLOCKS = ["first", "middle", "last"]
 SHAPES = {"first": (12, 9), "middle": (9, 8), "last": (8, 4)}
 draw = partial(normal, {n: {"kernel": s, "bias": s[-1:]} for n, s in SHAPES.items()})
@@ -89,6 +91,7 @@ def per_parameter(tx, state, name):
     return [x for x in kept if not isinstance(x, optax.MaskedNode)]
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.promotes
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_frozen_blocks_do_not_move_bit_for_bit(tx):
@@ -110,6 +113,7 @@ def test_frozen_blocks_do_not_move_bit_for_bit(tx):
     assert state.step == len(TABLE)
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", ["sgd", "adamw", "gsm", "injected"])
 def test_without_a_frozen_block_it_is_the_optimizer_itself(name):
@@ -250,6 +254,7 @@ def test_bfloat16_keeps_its_dtype():
 ALIKE = dict.fromkeys("abc", (8, 16))
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize("mode", ["auto, set_mesh", "explicit"])
 def test_shards_choose_as_one_device_does(mode):
     tx = freeze_blocks(
@@ -266,6 +271,7 @@ def test_shards_choose_as_one_device_does(mode):
         assert_same(jax.jit(tx.update)(grads, state, params), expected)
 
 
+@pytest.mark.optimize(True)
 def test_inside_shard_map_the_named_axes_are_counted_over():
     make = lambda **options: freeze_blocks(
         mask_by_importance(0.75, **options), given_by([1]), ["a", "b", "c"]
@@ -367,6 +373,7 @@ def test_blocks_that_do_not_fit_are_refused(block_of, message):
         stop_frozen_gradients(draw(0), 1, block_of)
 
 
+@pytest.mark.optimize(True)
 def test_nested_it_freezes_what_either_freezes():
     early, late = given_by([0, 2, 0, 1, 3, 0]), given_by([0, 1, 1, 2, 0, 0])
     inner = gsm_sgd(0.1, ratio=0.7, momentum=0.9, weight_decay=1e-2)

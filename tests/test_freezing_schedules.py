@@ -23,6 +23,8 @@ from gsm_optax.freezing import (
     stop_frozen_gradients,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 
 def given_by(table):
     """A schedule that looks the step up in a table."""
@@ -206,6 +208,7 @@ def loss_of(params, x, num_frozen):
     return jnp.sum(x**2)
 
 
+@pytest.mark.optimize(True)
 def test_gradients_of_the_rest_are_the_same_and_frozen_ones_zero():
     x = normal((7, 12), 5)
     step = jax.jit(jax.value_and_grad(loss_of), static_argnums=2)

@@ -11,6 +11,8 @@ from oracle import active, budget, gsm_step
 
 from gsm_optax import gsm, gsm_sgd, kernels, prune, stochastic_rounding
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = [(11, 13), (3, 3, 4, 5), (2, 6, 7)]
 
 
@@ -23,6 +25,7 @@ def draw(rng, dtype, kind):
     return [jnp.asarray(make(size=shape), dtype) for shape in SHAPES]
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
     ("ratio", "nesterov"), [(0.0, False), (0.0, True), (0.5, True), (0.95, False)]
@@ -50,6 +53,7 @@ def test_every_step_is_the_papers(ratio, nesterov, dtype, rtol):
                 )
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize(
     ("dtype", "wrap"),
     [
@@ -101,6 +105,7 @@ def test_momentum_and_decay_turn_passive_entries_into_zeros():
     assert float(loss(pruned)) == pytest.approx(float(loss(params)), rel=1e-3)
 
 
+@pytest.mark.optimize(True)
 def test_a_pruned_weight_stays_pruned():
     rng = np.random.default_rng(8)
     params = prune(draw(rng, jnp.float32, "normal"), 0.8)

@@ -23,6 +23,8 @@ from gsm_optax import (
     taylor_importance,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = {"dense": {"kernel": (6, 5), "bias": (5,)}, "conv": (3, 3, 2, 4)}
 random_tree = partial(normal, SHAPES)
 
@@ -244,6 +246,7 @@ def test_an_importance_of_another_shape_is_refused():
         tx.update(params, tx.init(params), params)
 
 
+@pytest.mark.optimize(True)
 def test_a_fused_gradient_is_seen_alike_by_search_and_mask():
     """Within one jit the gradient is an expression; the count must still be exact."""
     params = normal((200, 300), 4)

@@ -27,6 +27,8 @@ from gsm_optax import (
     prune,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = {"bias": (24,), "conv": (3, 16, 8), "dense": (32, 24)}
 KERNELS = ("conv", "dense")
 SPLIT = {"bias": P(), "conv": P(None, "x", "y"), "dense": P("y")}
@@ -85,6 +87,7 @@ def test_churn_is_that_of_numpy(ratio, importance, score):
         before = now
 
 
+@pytest.mark.optimize(True)
 def test_watching_changes_nothing():
     plain, tx = gsm_sgd(2**-3, 0.9), gsm_sgd(2**-3, 0.9, track_churn=True)
     for (params, _, state), (watched, _, wrapped) in zip(
@@ -107,6 +110,7 @@ def test_the_same_gradients_again_are_no_churn():
     assert churn_of(state) == 0
 
 
+@pytest.mark.optimize(True)
 def test_gradients_that_are_fused_expressions_give_the_mask_that_is_applied():
     """The threshold entry must not be lost to a rounding of its own."""
     tx = mask_by_importance(0.9, track_churn=True)
@@ -165,6 +169,7 @@ def test_map_params_places_the_mask_like_the_parameters():
 MESHES = ["auto, set_mesh", "explicit"]
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize("mode", MESHES)
 def test_eight_devices_record_what_one_does(mode):
     tx = gsm_sgd(2**-3, 0.9, momentum=0.5, weight_decay=2**-7, track_churn=True)
@@ -181,6 +186,7 @@ def test_eight_devices_record_what_one_does(mode):
     assert active.sharding.is_equivalent_to(params["dense"].sharding, 2)
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize("mode", MESHES)
 def test_devices_exchange_no_arrays(mode):
     tx = mask_by_importance(0.9, track_churn=True)
@@ -192,6 +198,7 @@ def test_devices_exchange_no_arrays(mode):
     assert not re.search(r"all-gather|all-to-all|collective-permute", text)
 
 
+@pytest.mark.optimize(True)
 def test_under_shard_map_with_an_axis_name():
     tx = mask_by_importance(0.9, axis_name="x", track_churn=True)
     params, grads = jnp.asarray(draw(0)["dense"]), jnp.asarray(draw(1)["dense"])

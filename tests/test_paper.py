@@ -26,7 +26,7 @@ from examples.paper.training import evaluate, normalise, shift_and_mirror, train
 from gsm_optax import apply_mask, magnitude_mask
 
 # optax's schedules and flax's batch normalisation promote.
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.optimize(False)]
 
 # Models
 
@@ -384,15 +384,15 @@ SHORT = replace(
 
 @pytest.fixture
 def phases(monkeypatch):
-    """What `training.train` was given and what it returned, by label; it may be cut."""
-    seen, original = types.SimpleNamespace(starts={}, ends={}, cut=None), training.train
+    """What `train` was given and what it returned, by label; it may be cut."""
+    seen = types.SimpleNamespace(starts={}, ends={}, cut=None, train=training.train)
 
     def spy(step, state, feed, last, folder, label):
         label = label.split(": ")[1]
         if label == seen.cut:
             raise KeyboardInterrupt
         seen.starts[label] = jax.tree.map(jnp.copy, state.params)
-        state = original(step, state, feed, last, folder, label)
+        state = seen.train(step, state, feed, last, folder, label)
         seen.ends[label] = state.params
         return state
 
@@ -429,8 +429,29 @@ def test_a_row_is_run_once_cut_off_or_not(tmp_path, phases):
 
 @pytest.mark.slow
 def test_tickets_are_survivors_with_the_weights_of_before(tmp_path, phases):
-    recipe = replace(SHORT, name="tickets", tickets=1, dense=Phase(3, 5e-2))
-    record = experiment.run(recipe, 0, tmp_path)
+    check_tickets(TICKETS, tmp_path, phases)
+    # Another recipe shares all but the early weights and what comes of them.
+    later = experiment.run(replace(TICKETS, tickets=2), 0, tmp_path)
+    assert set(later["seconds"]) == {"early", "magnitude, early", "GSM, early"}
+
+
+def test_tickets_without_training(tmp_path, phases):
+    """Weights that no phase trains, but each changes as it likes."""
+
+    def change(step, state, feed, last, folder, label):
+        rng = np.random.default_rng(sum(label.encode()))
+        change = lambda x: x * rng.uniform(0.5, 2, x.shape).astype(x.dtype)
+        return state._replace(params=jax.tree.map(change, state.params))
+
+    phases.train = change
+    check_tickets(TICKETS, tmp_path, phases)
+
+
+TICKETS = replace(SHORT, name="tickets", tickets=1, dense=Phase(3, 5e-2))
+
+
+def check_tickets(recipe, folder, phases):
+    record = experiment.run(recipe, 0, folder)
     assert set(record["accuracy"]) == set(records.TICKETS)
     assert record["zeros_moved"] == dict.fromkeys(records.TICKETS[1:], 0)
     weights = {"initial": phases.starts["dense"], "early": phases.ends["early"]}
@@ -440,9 +461,6 @@ def test_tickets_are_survivors_with_the_weights_of_before(tmp_path, phases):
             ticket = apply_mask(rewound, magnitude_mask(chosen, recipe.ratio))
             assert digest(phases.starts[f"{by}, {when}"]) == digest(ticket)
     assert digest(phases.starts["GSM"]) == digest(phases.ends["dense"])
-    # Another recipe shares all but the early weights and what comes of them.
-    later = experiment.run(replace(recipe, tickets=2), 0, tmp_path)
-    assert set(later["seconds"]) == {"early", "magnitude, early", "GSM, early"}
 
 
 def write_records(folder, recipe, accuracies, layers=()):

@@ -10,6 +10,8 @@ from flax import linen, nnx
 
 from gsm_optax import sparsity_report
 
+pytestmark = pytest.mark.optimize(False)
+
 ONE = jnp.ones((2, 2))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gsm_optax import decay_budget, decay_budget_left, gsm_sgd
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.optimize(False)]
 
 SETTINGS = [  # learning rate, momentum, weight decay
     (3e-2, 0.98, 1e-2),  # underdamped, as all that follow up to the empty line

@@ -1,7 +1,7 @@
 """Every figure draws what the records say; without matplotlib one line says so."""
 
+import importlib
 import json
-import subprocess
 import sys
 
 import jax
@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from gsm_optax import plot
+
+pytestmark = pytest.mark.optimize(False)
 
 STEPS = [1, 2, 3, 4, 8]
 
@@ -150,25 +152,23 @@ def test_no_records_are_refused():
         plot.overview([])
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_without_matplotlib_one_line_says_what_to_install():
-    done = run(
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import gsm_optax; print('imported')\n"
-        "from gsm_optax import plot"
-    )
-    assert done.stdout == "imported\n"
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: ")
-    assert 'pip install "gsm_optax[plot]"' in last
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    """What `import gsm_optax` itself brings is tested in test_package.py."""
+    for name in list(sys.modules):
+        if name.startswith("matplotlib"):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "gsm_optax.plot")
+    with pytest.raises(ImportError, match=r'^[^\n]*pip install "gsm_optax\[plot\]"'):
+        importlib.import_module("gsm_optax.plot")
 
 
 def test_importing_plot_chooses_no_backend():
-    code = "import matplotlib; matplotlib.use('svg'); from gsm_optax import plot; "
-    assert run(code + "print(matplotlib.get_backend())").stdout == "svg\n"
+    matplotlib.use("svg")
+    try:
+        importlib.reload(plot)
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use("Agg")
 
 
 def test_frozen_blocks_are_filled_from_the_front():

@@ -20,6 +20,8 @@ from gsm_optax import (
     sparsity_report,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 KEY = jax.random.key(0)
 
 

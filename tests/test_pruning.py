@@ -16,6 +16,8 @@ from gsm_optax import (
     prune,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = {"conv": (3, 3, 2, 4), "dense": {"bias": (5,), "kernel": (40, 50)}}
 
 
@@ -165,6 +167,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask, message):
         freeze_pruned(mask).init(params)
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.promotes
 @pytest.mark.parametrize(
     "tx",

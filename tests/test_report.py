@@ -15,6 +15,8 @@ from trees import normal
 from gsm_optax import magnitude_mask, prune, sparsity_report
 from gsm_optax.report import MAGNITUDES
 
+pytestmark = pytest.mark.optimize(False)
+
 random_tree = partial(normal, {"a": (8, 9), "b": {"bias": (7,), "kernel": (2, 3, 4)}})
 
 

@@ -15,6 +15,8 @@ from zoo import randomized, sample
 from gsm_optax import gsm_sgd
 from gsm_optax.units import find_units, shrink
 
+pytestmark = pytest.mark.optimize(False)
+
 
 def same(fn, params, small_fn, small, inputs):
     """Whether both give the same outputs, to rounding."""

@@ -16,6 +16,8 @@ from gsm_optax.similarity import (
     structural_similarity,
 )
 
+pytestmark = pytest.mark.optimize(False)
+
 few = settings(deadline=None, max_examples=25)
 
 

@@ -82,6 +82,7 @@ def test_every_step_is_the_equations(smoothing, power, passive, dtype):
         assert optax.tree.get(state, "num_active") == kept
 
 
+@pytest.mark.optimize(False)
 def test_without_smoothing_there_is_no_such_state():
     params = draw(np.random.default_rng(1))
     plain, asked = gsm(0.5).init(params), gsm(0.5, smoothing=0.0).init(params)
@@ -112,6 +113,7 @@ def test_injected_smoothing_is_the_plain_one_and_may_change():
     assert step._cache_size() == 1
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize(
     "importance",
     [taylor_importance, magnitude_importance, tempered_importance(0.5)],
@@ -132,6 +134,7 @@ def test_a_pruned_weight_stays_pruned_whatever_its_past(importance):
         np.testing.assert_array_equal(np.asarray(p == 0), zero)
 
 
+@pytest.mark.optimize(False)
 def test_an_importance_of_zeros_may_revive_them():
     params = [jnp.array([[0.0, 1.0], [1.0, 1.0]])]
     grads = [jnp.array([[4.0, 1.0], [0.5, 0.1]])]
@@ -140,6 +143,7 @@ def test_an_importance_of_zeros_may_revive_them():
     np.testing.assert_array_equal(updates[0], [[4.0, 1.0], [0.0, 0.0]])
 
 
+@pytest.mark.optimize(False)
 def test_nan_shows_and_stays():
     params = [jnp.ones((3, 4))]
     tx = mask_by_importance(0.75, smoothing=0.9, passive_decay=0.1)
@@ -157,6 +161,7 @@ def test_nan_shows_and_stays():
     assert np.isnan(updates[0][0, 0]) or updates[0][0, 0] == 1.0
 
 
+@pytest.mark.optimize(False)
 def test_passive_entries_get_their_own_decay_in_place_of_a_gradient():
     params = [jnp.array([[1.0, -2.0], [3.0, 0.5]])]
     grads = [jnp.array([[0.1, 0.4], [-0.2, 0.6]])]
@@ -170,6 +175,7 @@ def test_passive_entries_get_their_own_decay_in_place_of_a_gradient():
         np.testing.assert_allclose(updates[0], want, rtol=1e-6)
 
 
+@pytest.mark.optimize(False)
 def test_the_same_decay_for_all_is_the_papers():
     rng = np.random.default_rng(4)
     params, grads = draw(rng), draw(rng)
@@ -183,6 +189,7 @@ def test_the_same_decay_for_all_is_the_papers():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("trainable", ["updates", "blocks"])
 def test_what_sits_a_step_out_keeps_its_average(trainable):
     """It is averaged over its own steps, and neither moves nor decays meanwhile."""
@@ -210,6 +217,7 @@ def test_what_sits_a_step_out_keeps_its_average(trainable):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.optimize(False)
 def test_what_has_no_gradient_keeps_its_average():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
     tx = gsm(0.5, smoothing=0.9, passive_decay=0.1)
@@ -287,6 +295,7 @@ def test_a_mesh_gives_the_same_bits(kind):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.optimize(False)
 def test_the_average_has_the_dtype_asked_for():
     params = [jnp.ones((4, 5), jnp.bfloat16)]
     for dtype in (None, jnp.bfloat16):
@@ -299,6 +308,7 @@ def test_the_average_has_the_dtype_asked_for():
         assert updates[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
 def test_powers_lie_between_magnitude_and_taylor(power):
     param = jnp.array([2.0, -3.0, 0.0, 1.0, 1.0, 1e-20])
@@ -316,6 +326,7 @@ def test_zeros_are_told_of_under_every_power():
         gsm(0.5, importance=tempered_importance(0.25)).init(params)
 
 
+@pytest.mark.optimize(False)
 def test_the_ramp_is_cubic_and_ends_at_its_ratio():
     ramp = ratio_ramp(0.95, 100, start=0.2)
     steps = np.array([0, 1, 33, 99, 100, 1000])

@@ -10,6 +10,8 @@ from zoo import F32, randomized, removed, sample
 
 from gsm_optax.units import find_units
 
+pytestmark = pytest.mark.optimize(False)
+
 
 def check(fn, params, inputs, units, small_fn=None, least=1e-3):
     """Zero random units of all families, remove them: the same output."""
