@@ -4,7 +4,6 @@ import os
 
 import jax
 import pytest
-from jax._src import compiler
 
 # XLA splits a program into 32 parts, to compile them at once. That takes a quarter more
 # time in all, and the workers of pytest have the cores.
@@ -52,13 +51,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (files[item.path], not is_optimized(item)))
 
 
-# Most of the time goes into compiling: three quarters of it into LLVM's passes, and the
-# code that XLA makes of fusions by MLIR. A test whose subject they do not touch goes
-# without, marked by `optimize(False)`. Those that compare the bits of two programs, or
-# read a compiled one, compile as users do.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 12):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
+# Most of the time goes into compiling, and three quarters of that into LLVM's passes. A
+# test whose subject they do not touch goes without, marked by `optimize(False)`. Those
+# that compare the bits of two programs, or read a compiled one, compile as users do.
 
 
 def is_optimized(item):
@@ -77,22 +72,14 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def _optimize(whether):
-    if whether != optimized[0]:
-        optimized[0] = whether
+    global optimized
+    if whether != optimized:
+        optimized = whether
+        jax.config.update("jax_disable_most_optimizations", not whether)
         jax.clear_caches()  # what was compiled otherwise must not be used again
 
 
-optimized, _options = [True], compiler.get_compile_options
-
-
-def _quick_options(*args, env_options_overrides=None, **kwargs):
-    quick = {} if optimized[0] else QUICK
-    overrides = quick | (env_options_overrides or {})
-    return _options(*args, env_options_overrides=overrides, **kwargs)
-
-
-# Not public, but nothing public sets options for all that is compiled from now on.
-compiler.get_compile_options = _quick_options
+optimized = True
 
 
 @pytest.fixture(scope="session", autouse=True)

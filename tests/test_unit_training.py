@@ -23,6 +23,8 @@ from gsm_optax import (
 from gsm_optax.freezing import freeze_blocks
 from gsm_optax.units import find_units, shrink
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = {
     "conv": (3, 3, 1, 4),
     "conv_bias": (1, 1, 1, 4),
@@ -77,6 +79,7 @@ def with_masks(tree, masks):
 # The choice
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 0.9])
 def test_choice_is_that_of_the_definition(ratio):
     tx = jax.jit(mask_by_importance(ratio, units=UNITS).update)
@@ -251,6 +254,7 @@ LAYOUT = {
 }
 
 
+@pytest.mark.optimize(True)
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_any_mesh_chooses_as_one_device(mode):
     tx = gsm_sgd(
@@ -284,6 +288,7 @@ def test_any_mesh_chooses_as_one_device(mode):
             assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
 
 
+@pytest.mark.optimize(True)
 def test_copies_in_shard_map_choose_as_one_device():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = mask_by_importance(0.5, units=UNITS, axis_name=())
