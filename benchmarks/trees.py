@@ -190,7 +190,7 @@ def digits(widths: tuple[int, ...], dtype: Any, seed: int) -> Run:
     params = made_up(mlp(*widths), dtype, 0, seed).params
 
     def loss(params, rows):
-        logits = _mlp_logits(params, images[rows]).astype(jnp.float32)
+        logits = mlp_logits(params, images[rows]).astype(jnp.float32)
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels[rows]])
 
     gradient = jax.jit(jax.grad(loss))
@@ -203,7 +203,8 @@ def digits(widths: tuple[int, ...], dtype: Any, seed: int) -> Run:
     return Run(params, gradients)
 
 
-def _mlp_logits(params, x):
+def mlp_logits(params: Any, x: jax.Array) -> jax.Array:
+    """Logits of a fully connected network with ReLU."""
     layers = list(params.values())
     for layer in layers[:-1]:
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])

@@ -16,11 +16,13 @@ from pathlib import Path
 import common
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import trees
 from matplotlib import pyplot as plt
 
 from gsm_optax import mask_by_importance
+from gsm_optax.units import find_units
 
 DEFAULT_TREES = ["resnet50", "resnet50:bfloat16", "gpt2"]
 QUICK_TREES = ["lenet300", "lenet300:bfloat16"]
@@ -123,6 +125,9 @@ def measure(name, run, steps):
         warm,
         common.Stepper("gsm, cold", common.gsm(), run.params, grads, cold=True),
         common.Stepper("gsm, tempered", common.beyond_gsm(), run.params, grads),
+        common.Stepper(
+            "gsm, units", common.gsm(units=units_of(name, run)), run.params, grads
+        ),
     ]
     found, notes = peers(run.params, grads)
     contenders += found
@@ -140,6 +145,19 @@ def measure(name, run, steps):
         "notes": notes,
         "contenders": rows,
     }
+
+
+def units_of(name, run):
+    """The units of the network that a tree is the parameters of."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.params)
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    if name.startswith("resnet50"):
+        inputs = shape(jnp.float32, 2, 64, 64, 3), shape(jnp.int32, 2)
+        return find_units(networks.resnet_loss, like, *inputs)
+    if name.startswith("gpt2"):
+        return find_units(networks.gpt_loss, like, *[shape(jnp.int32, 2, 16)] * 2)
+    inputs = next(iter(run.params.values()))["kernel"].shape[0]
+    return find_units(trees.mlp_logits, like, shape(jnp.float32, 2, inputs))
 
 
 def cost(contender, yardstick):

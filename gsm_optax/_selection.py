@@ -83,7 +83,7 @@ def select(
         )
     else:
         found, key = by_counts(leaves, kept, start)
-    return settle(found, key, kept, total, most)
+    return _settle(found, key, kept, total, most)
 
 
 def _select_by_counts(
@@ -126,7 +126,7 @@ def search_all_keys(
     return search(excess_at, whole, first, SPREAD)
 
 
-def settle(
+def _settle(
     found: Bracket, key: jax.Array, kept: Words, total: Words, most: int
 ) -> Selection:
     """Settle the cases in which there is no Q-th greatest positive score."""

@@ -109,24 +109,22 @@ def unit_scores(held, scores):
 
 
 def active_by_unit(held, means, kept, min_units=1):
-    """B: all entries of the units of greatest mean, as many as hold `kept` entries."""
+    """B: all entries of the units of greatest mean that hold no more than `kept`."""
     means = [np.where(np.isnan(m), np.inf, m) for m in means]
     least = [np.sort(m)[::-1][:min_units][-1] if min_units else np.inf for m in means]
-    first = [
-        np.where((m >= x) & (m > 0), np.inf, m)
-        for m, x in zip(means, least, strict=True)
-    ]
+    pairs = zip(means, least, strict=True)
+    first = [np.where((m >= x) & (m > 0), np.inf, m) for m, x in pairs]
     in_units = [np.any(m, 0) for m in zip(*(u for f in held for u in f), strict=True)]
+    best = [np.ones(m.shape, bool) for m in in_units]
     if kept == sum(m.sum() for m in in_units):
-        return [np.ones(m.shape, bool) for m in in_units]
-    levels = np.unique(np.concatenate(first))[::-1] if kept else [np.inf]
-    for level in levels:
+        return best
+    for level in [np.inf, *np.unique(np.concatenate(first))[::-1]]:
         masks = [np.ones(m.shape, bool) for m in in_units]
         for family, mean in zip(held, first, strict=True):
             for unit, m in zip(family, mean, strict=True):
                 if m < level or m == 0:
                     masks = [a & ~b for a, b in zip(masks, unit, strict=True)]
         number = sum((a & b).sum() for a, b in zip(masks, in_units, strict=True))
-        if number >= kept:
-            break
-    return masks
+        if number <= kept or level == np.inf:
+            best = masks
+    return best

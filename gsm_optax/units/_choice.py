@@ -11,15 +11,17 @@ import numpy as np
 from gsm_optax._importance import Importance, Pair, magnitude, score_leaves
 from gsm_optax._placement import along
 from gsm_optax._reductions import INF_KEY, NAN_KEY, order_key
-from gsm_optax._selection import Selection, search_all_keys, settle
+from gsm_optax._selection import Selection, search_all_keys
 from gsm_optax._smoothing import smooth
 from gsm_optax._words import (
     WORD,
     Words,
     add_words,
     as_int32,
+    carry,
     excess,
     times_words,
+    to_count,
 )
 from gsm_optax.units._families import Family
 from gsm_optax.units._scores import greatest_scores, mean_scores
@@ -96,7 +98,9 @@ class WholeUnits:
     ) -> tuple[Selection, list[jax.Array]]:
         """B of every leaf, and what the choice came to.
 
-        The units of greatest score are active, as many as it takes to have Q entries.
+        The units of greatest score are active, as many as hold no more than Q entries.
+        (If they held Q or more, another order would leave out one of them, and so
+        would pruning by magnitude afterwards.) Units that tie go together.
 
         Args:
             scores: what is compared.
@@ -105,16 +109,25 @@ class WholeUnits:
         """
         keys = [_raised(order_key(score), self._min_units) for score in scores]
         kept, total = as_int32(kept), as_int32(self.total)
+        one_more = carry(kept[0], kept[1] + 1)
 
         def excess_at(probes):
             active = [jnp.sum(key[None] >= probes[:, None], 1) for key in keys]
-            return excess(self._entries(active, self._parts), kept)
+            return excess(self._entries(active, self._parts), one_more)
 
-        found = search_all_keys(excess_at, kept, total, start)
-        reaching = [jnp.where(key >= found.low, key, NAN_KEY).min() for key in keys]
-        least = jnp.minimum(reduce(jnp.minimum, reaching), NAN_KEY)
-        chosen = settle(found, least, kept, total, self.most)
-        return chosen, self._masks([key >= chosen.key for key in keys])
+        # Units that reach the bracket's lower end hold too many; the next ones do not.
+        too_low = search_all_keys(excess_at, one_more, total, start).low
+        key = jnp.minimum(_least(keys, too_low) + 1, INF_KEY)
+        everything = (kept[0] == total[0]) & (kept[1] == total[1])
+        key = jnp.where(everything, 0, key)
+        active = [own >= key for own in keys]
+        held = self._entries(
+            [jnp.sum(own, dtype=jnp.int32) for own in active], self._parts
+        )
+        least = jnp.minimum(_least(keys, key), INF_KEY)  # not the NaN of that key
+        threshold = jax.lax.bitcast_convert_type(least, jnp.float32)
+        found = Selection(key, to_count(held, self.most), threshold)
+        return found, self._masks(active)
 
     def _entries(self, active: Sequence[Any], parts: Sequence[Any] | None) -> Words:
         """How many entries active units hold, if so many of each family are active.
@@ -171,6 +184,15 @@ def _axes(
         in_units = sum(families[i].size * each for i, each in tied)
         found.append((size - in_units, tied))
     return found
+
+
+def _least(keys: Sequence[jax.Array], key: jax.Array) -> jax.Array:
+    """The least of all keys that reach a key, or that of NaN."""
+    return reduce(
+        jnp.minimum,
+        [jnp.where(own >= key, own, NAN_KEY).min() for own in keys],
+        NAN_KEY,
+    )
 
 
 def _raised(keys: jax.Array, number: int) -> jax.Array:

@@ -100,7 +100,7 @@ def _mean(
         mean = total * np.float32(1 / entries)
     else:
         number = _entries_in_parts(family.slices, shapes, parts)
-        mean = jnp.where(number > 0, total / jnp.maximum(number, 1), 0)
+        mean = total / jnp.maximum(number, 1)
     mean = mean / np.float32(2**bits) * _power_of_two(exponent)
     finite = order_key(greatest) < INF_KEY
     # Stored once, so that all who compare it read the same bits.
