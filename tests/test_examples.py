@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from examples import shrink
+
 pytestmark = pytest.mark.optimize(False)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -69,6 +71,28 @@ def test_layer_freezing(tmp_path):
     assert "| single-shot & resume |" in done.stdout
     for name in ("layers_settle.png", "freezing_schemes.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.optimize(True)
+@pytest.mark.promotes
+def test_shrink(tmp_path, capsys):
+    arguments = ["--dense-epochs", "4", "--epochs", "12", "--ratio", "0.7"]
+    with jax.numpy_rank_promotion("allow"):
+        (record,) = shrink.main([*arguments, "--output", str(tmp_path)])
+    dense, small, once, _ = record["rows"].values()
+    assert small["parameters"] < 0.35 * dense["parameters"]
+    assert small["flops"] < dense["flops"]
+    # Shrinking changes nothing but the last digits.
+    assert abs(small["accuracy"] - record["pruning"]["after"]) < 0.3
+    assert once["accuracy"] < small["accuracy"]
+    assert "ms at 256" in capsys.readouterr().out
+    assert (tmp_path / "shrink.png").stat().st_size > 10_000
+
+
+def test_shrink_names_the_networks_of_its_data():
+    with pytest.raises(SystemExit, match="lenet5 with --data digits: try resnet8"):
+        shrink.main(["--models", "lenet5"])
 
 
 def test_freezing_schedules(tmp_path, monkeypatch):

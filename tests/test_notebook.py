@@ -47,6 +47,8 @@ def test_runs_on_digits(tmp_path, monkeypatch):
     assert number("GSM") > 95
     assert "Pruning should be lossless" in printed
     assert "decay budget left 0.00" in printed
+    assert number("smaller") == number("pruned")
+    assert "entries stay" in printed
     assert shown.count("image/png") == 1
     assert shown.count("text/html") == 2
 
