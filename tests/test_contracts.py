@@ -66,12 +66,21 @@ ROWS = {
 SELECTING = [name for name in ROWS if name != "freeze_pruned"]
 
 
-@pytest.fixture(params=ROWS)
+# The others are compiled as users compile, but where a test says otherwise.
+QUICK = ("freeze_pruned", "units")
+
+
+def marked(names):
+    quick = lambda name: [pytest.mark.optimize(False)] if name in QUICK else []
+    return [pytest.param(name, marks=quick(name)) for name in names]
+
+
+@pytest.fixture(params=marked(ROWS))
 def tx(request):
     return ROWS[request.param]
 
 
-@pytest.fixture(params=SELECTING)
+@pytest.fixture(params=marked(SELECTING))
 def selecting(request):
     return ROWS[request.param]
 
