@@ -394,6 +394,20 @@ def test_leaves_without_a_gradient_have_no_say():
     updates, state = first_step(mask_by_importance(0.5, units=UNITS), grads, draw(0))
     assert updates["conv"] is None
     assert state.num_kept == oracle.budget(0.5, TOTAL - 40)
+    nothing = dict.fromkeys(SHAPES) | {"head_bias": draw(1)["head_bias"]}
+    updates, state = first_step(mask_by_importance(0.5, units=UNITS), nothing, draw(0))
+    assert_same(updates, nothing)
+    assert state.num_active == state.num_kept == 0
+
+
+def test_with_64_bits_enabled():
+    with jax.enable_x64(True):
+        params, grads = (
+            jax.tree.map(lambda x: x.astype(jnp.float64), draw(i)) for i in range(2)
+        )
+        updates, state = first_step(gsm_sgd(0.1, 0.5, units=UNITS), grads, params)
+        assert updates["conv"].dtype == jnp.float64
+        assert state[0][0].num_active <= oracle.budget(0.5, TOTAL)
 
 
 @pytest.mark.parametrize(

@@ -107,13 +107,22 @@ class WholeUnits:
             kept: Q, in words.
             start: float32 scalar, a guess of the threshold: it saves passes, no more.
         """
+        if not scores:
+            return Selection(jnp.int32(0), jnp.int32(0), jnp.float32(0)), self._masks(
+                []
+            )
         keys = [_raised(order_key(score), self._min_units) for score in scores]
         kept, total = as_int32(kept), as_int32(self.total)
         one_more = carry(kept[0], kept[1] + 1)
 
+        def held_by(active):
+            numbers = [jnp.sum(own, -1, jnp.int32) for own in active]
+            return self._entries(numbers, self._parts)
+
         def excess_at(probes):
-            active = [jnp.sum(key[None] >= probes[:, None], 1) for key in keys]
-            return excess(self._entries(active, self._parts), one_more)
+            return excess(
+                held_by(key[None] >= probes[:, None] for key in keys), one_more
+            )
 
         # Units that reach the bracket's lower end hold too many; the next ones do not.
         too_low = search_all_keys(excess_at, one_more, total, start).low
@@ -121,12 +130,9 @@ class WholeUnits:
         everything = (kept[0] == total[0]) & (kept[1] == total[1])
         key = jnp.where(everything, 0, key)
         active = [own >= key for own in keys]
-        held = self._entries(
-            [jnp.sum(own, dtype=jnp.int32) for own in active], self._parts
-        )
         least = jnp.minimum(_least(keys, key), INF_KEY)  # not the NaN of that key
         threshold = jax.lax.bitcast_convert_type(least, jnp.float32)
-        found = Selection(key, to_count(held, self.most), threshold)
+        found = Selection(key, to_count(held_by(active), self.most), threshold)
         return found, self._masks(active)
 
     def _entries(self, active: Sequence[Any], parts: Sequence[Any] | None) -> Words:
@@ -188,11 +194,8 @@ def _axes(
 
 def _least(keys: Sequence[jax.Array], key: jax.Array) -> jax.Array:
     """The least of all keys that reach a key, or that of NaN."""
-    return reduce(
-        jnp.minimum,
-        [jnp.where(own >= key, own, NAN_KEY).min() for own in keys],
-        NAN_KEY,
-    )
+    least = [jnp.where(own >= key, own, NAN_KEY).min() for own in keys]
+    return jnp.minimum(reduce(jnp.minimum, least), NAN_KEY)
 
 
 def _raised(keys: jax.Array, number: int) -> jax.Array:
