@@ -9,6 +9,7 @@ import optax
 import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
+from test_units import ZOO
 from trees import assert_same, first_step, mesh_of, normal, place_scalars
 
 from gsm_optax import (
@@ -363,6 +364,41 @@ def test_units_are_pruned_by_their_mean_magnitude(ratio):
     mask = magnitude_mask(params, ratio, units=UNITS)
     assert_same(mask, jax.tree.unflatten(jax.tree.structure(params), masks))
     assert_same(prune(params, ratio, units=UNITS), with_masks(params, masks))
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+@pytest.mark.parametrize("build", [x for x, _ in ZOO], ids=lambda x: x.__name__)
+def test_networks_of_every_kind(build):
+    """Chosen and pruned by the definition, and then smaller: shrink compares."""
+    fn, params, inputs, *_ = build()
+    units = find_units(fn, params, *inputs)
+    held = oracle.members(units)
+    total = sum(
+        np.any(m, 0).sum() for m in zip(*(u for f in held for u in f), strict=True)
+    )
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params)
+    for power, scores in (
+        (1.0, products(params, grads)),
+        (0.0, [np.abs(x) for x in jax.tree.leaves(params)]),
+    ):
+        means = oracle.unit_scores(held, scores)
+        masks = oracle.active_by_unit(held, means, oracle.budget(0.5, total))
+        importance = tempered_importance(power)
+        tx = mask_by_importance(0.5, units=units, importance=importance)
+        updates, _ = first_step(tx, grads, params)
+        wanted = with_masks(grads, masks)
+        for a, b in zip(*map(jax.tree.leaves, (updates, wanted)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    pruned = prune(params, 0.5, units=units)
+    for a, b in zip(
+        *map(jax.tree.leaves, (pruned, with_masks(params, masks))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    small, _ = shrink(pruned, units)
+    entries = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert entries(small) < entries(params)
 
 
 # Trees and errors
