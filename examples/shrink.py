@@ -286,32 +286,31 @@ def show(record: dict[str, Any]) -> None:
         print(f"{key:29}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
-def draw(path: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Draw for each network what is left of the dense one's costs, and accuracies."""
-    figure, axes = plt.subplots(
-        1,
-        len(records),
-        figsize=(4.6 * len(records) + 0.6, 3.2),
-        layout="constrained",
-        squeeze=False,
-    )
+def draw(path: Path, records: list[dict[str, Any]], data: str) -> None:
+    """Draw for each network what is left of the dense one's costs: means over seeds."""
+    names = list(dict.fromkeys(record["network"] for record in records))
     kinds = {"parameters": "parameters", "flops": "FLOPs", "bytes": "file"}
     kinds |= {f"ms at {n}": f"time, batch {n}" for n in BATCHES}
-    for axis, record in zip(axes[0], records, strict=True):
-        dense, *others = record["rows"].values()
-        small = others[0]
-        shares = [100 * small[key] / dense[key] for key in kinds]
+    size = (4.6 * len(names) + 0.8, 2.9)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=size, layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        rows = [list(x["rows"].values()) for x in records if x["network"] == name]
+        mean = lambda key, i, rows=rows: np.mean([row[i][key] for row in rows])
+        shares = [100 * mean(key, 1) / mean(key, 0) for key in kinds]
         bars = axis.barh(list(kinds.values()), shares, color=plot.BLUE)
         axis.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=3)
         axis.axvline(100, color="0.5", linewidth=0.8)
         axis.set(xlim=(0, 115), xlabel="of the dense network (%)")
         axis.invert_yaxis()
+        seeds = f"{len(rows)} seed{'s' if len(rows) > 1 else ''}"
         axis.set_title(
-            f"{TITLES.get(record['network'], record['network'])}: accuracy "
-            f"{dense['accuracy']:.2f} % dense, {small['accuracy']:.2f} % shrunk",
+            f"{TITLES.get(name, name)}, {data.replace('_', '-')}, {seeds}\n"
+            f"accuracy {mean('accuracy', 0):.2f} % dense, "
+            f"{mean('accuracy', 1):.2f} % shrunk",
             fontsize="medium",
         )
-    figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
 
@@ -361,11 +360,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "shrink.json").write_text(json.dumps(records, indent=1))
     figure = args.output / "shrink.png"
-    draw(
-        figure,
-        records[: len(models)],
-        f"Units pruned while training ({args.data}, seed 0)",
-    )
+    draw(figure, records, args.data)
     print(f"\nfigure: {figure}")
     return records
 
