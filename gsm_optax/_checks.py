@@ -173,8 +173,8 @@ def check_reserved(ratio: Any, reserved: int, total: int, *, by_units: bool) -> 
 
     Of a schedule the first and the last value are looked at.
     """
-    values = [ratio]
-    if callable(ratio):
+    values = [ratio] if reserved else []
+    if reserved and callable(ratio):
         with jax.ensure_compile_time_eval():
             values = [ratio(jnp.int32(step)) for step in (0, 2**31 - 1)]
     for value in map(concrete, values):

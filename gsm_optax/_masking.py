@@ -1,5 +1,6 @@
 """The gradient of the most important entries only."""
 
+import operator
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -36,6 +37,7 @@ from gsm_optax._prunable import (
     check_marks,
     entries_of,
     is_inexact,
+    kernels,
     prunable_tree,
     prunable_zeros,
     to_marks,
@@ -207,16 +209,19 @@ def mask_by_importance(
         check_any_prunable(flags, params)
         first_ratio = concrete(first_value(ratio))
         # At a ratio of zero everything is active, and then no longer zero.
+        by_units = units is not None
         if needs_nonzero(importance) and first_ratio != 0:
-            warn_of_zeros(flags, params)
+            # Biases of units may be zeros: their kernels keep the unit alive.
+            weights = kernels(params) if by_units else flags
+            warn_of_zeros(jax.tree.map(operator.and_, flags, weights), params)
         total = entries_of(flags, params)
-        if total and axis_name is None:  # else these may be parts
+        if total and (axis_name is None or by_units):  # else these may be parts
             chosen = [i for i, flag in enumerate(jax.tree.leaves(flags)) if flag]
             leaves = list(map(jax.typeof, jax.tree.leaves(params)))
             pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
-            check_kept(first_ratio, pool.most)
-            by_units = units is not None
-            check_reserved(ratio, pool.reserved, pool.most, by_units=by_units)
+            total = pool.most
+            check_kept(first_ratio, total)
+            check_reserved(ratio, pool.reserved, total, by_units=by_units)
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
         if concrete(smoothing) != 0:
@@ -227,7 +232,7 @@ def mask_by_importance(
             num_active=scalar(count_dtype(total)),
             num_kept=scalar(count_dtype(total)),
             step=scalar(jnp.int32) if scheduled else None,
-            prunable=to_marks(flags, params, by_units=units is not None),
+            prunable=to_marks(flags, params, by_units=by_units),
             active=prunable_zeros(flags, params, bool) if track_churn else None,
             churn=scalar(count_dtype(total)) if track_churn else None,
             average=average,

@@ -436,6 +436,15 @@ def test_leaves_without_a_gradient_have_no_say():
     assert state.num_active == state.num_kept == 0
 
 
+def test_only_kernels_of_zeros_are_warned_of():
+    """Biases of zeros are usual, and their units alive."""
+    zeros = lambda name: {name: jnp.zeros(SHAPES[name])}
+    tx = mask_by_importance(0.5, units=UNITS)
+    tx.init(draw(0) | zeros("dense_bias") | zeros("conv_bias"))
+    with pytest.warns(UserWarning, match="square"):
+        tx.init(draw(0) | zeros("square"))
+
+
 def test_with_64_bits_enabled():
     with jax.enable_x64(True):
         params, grads = (
