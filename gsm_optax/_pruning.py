@@ -113,8 +113,8 @@ def _flags(
     """Which leaves are prunable: as told, or as the optimizer was."""
     if sum(x is not None for x in (prunable, opt_state, units)) > 1:
         raise ValueError(
-            "give one of prunable=, opt_state= (the state knows which are prunable) "
-            "and units= (which name the leaves that hold them)."
+            "give prunable= or opt_state= or units=, not two of them: a state knows "
+            "which leaves are prunable, and units are in the leaves that hold them."
         )
     if units is not None:
         flags = units.flags(params)

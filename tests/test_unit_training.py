@@ -81,7 +81,7 @@ def with_masks(tree, masks):
 
 
 @pytest.mark.optimize(True)
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
 def test_choice_is_that_of_the_definition(ratio):
     tx = jax.jit(mask_by_importance(ratio, units=UNITS).update)
     state = mask_by_importance(ratio, units=UNITS).init(draw())
@@ -195,14 +195,16 @@ def train(ratio, steps=300, **kwargs):
     tx = gsm_sgd(0.05, ratio, units=UNITS, **settings, **kwargs)
     assert decay_budget(0.05, steps, **settings).total > 10
 
-    def step(carry, _):
-        params, state = carry
+    @jax.jit
+    def step(params, state):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(lambda x: x / 4, draw(0))
-    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, None, steps)[0])
-    return *scan((params, tx.init(params))), loss, images
+    state = tx.init(params)
+    for _ in range(steps):  # in a scan convolutions are slow on a CPU
+        params, state = step(params, state)
+    return params, state, loss, images
 
 
 def test_after_training_units_go_without_loss_and_the_network_is_smaller():
@@ -311,7 +313,7 @@ def test_copies_in_shard_map_choose_as_one_device():
 # Floors
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 2])
 def test_so_many_units_of_every_family_stay(number):
     params, grads = draw(0), draw(1)
     grads["conv"] = grads["conv"] * 1e-6
@@ -355,7 +357,7 @@ def test_so_many_entries_of_every_leaf_stay(number):
 # Pruning
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("ratio", [0.3, 0.8])
 def test_units_are_pruned_by_their_mean_magnitude(ratio):
     params = draw(5)
     magnitudes = [np.abs(x) for x in jax.tree.leaves(params)]
@@ -465,7 +467,7 @@ def test_with_64_bits_enabled():
         (lambda: gsm_sgd(0.1, 0.5, min_kept=1.5), "whole number"),
         (lambda: magnitude_mask(draw(), 0.99, units=UNITS), "min_units of every"),
         (lambda: magnitude_mask(draw(), 0.5, min_kept=500), "min_kept of every"),
-        (lambda: magnitude_mask(draw(), 0.5, units=UNITS, prunable=True), "give one"),
+        (lambda: magnitude_mask(draw(), 0.5, units=UNITS, prunable=True), "not two"),
         (
             lambda: gsm_sgd(0.1, 0.5, units=UNITS).init({"x": jnp.ones((2, 2))}),
             "x are not among the parameters",
