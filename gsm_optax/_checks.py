@@ -168,7 +168,7 @@ def check_floors(min_kept: Any, min_units: Any, units: Any) -> tuple[int, int]:
     )
 
 
-def check_reserved(ratio: Any, reserved: int, total: int, *, by_units: bool) -> None:
+def check_reserved(ratio: Any, reserved: int, total: int, floor: str) -> None:
     """Raise `ValueError` if a ratio keeps fewer entries than a floor does.
 
     Of a schedule the first and the last value are looked at.
@@ -180,7 +180,6 @@ def check_reserved(ratio: Any, reserved: int, total: int, *, by_units: bool) -> 
     for value in map(concrete, values):
         if value is None or total - round(Fraction(value) * total) >= reserved:
             continue
-        floor = "min_units of every family" if by_units else "min_kept of every leaf"
         raise ValueError(
             f"ratio={value:g} keeps {total - round(Fraction(value) * total)} of "
             f"{total} entries, but {floor} need {reserved}: give a lower floor, or at "

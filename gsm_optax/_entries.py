@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsm_optax._importance import Importance, Pair, score_leaves, stored
+from gsm_optax._importance import Importance, Pair, only_parts, score_leaves, stored
 from gsm_optax._placement import AxisName, Leaves, most_entries, shares
 from gsm_optax._reductions import ScoreFn, order_key
 from gsm_optax._selection import Selection, select
@@ -24,7 +24,10 @@ class Entries:
         total: N, in words.
         most: no fewer than `total`, known before tracing.
         reserved: entries that are active whatever Q is (of parts, where these are).
+        floor: what reserves them.
     """
+
+    floor = "min_kept of every leaf"
 
     def __init__(
         self,
@@ -80,9 +83,7 @@ class Entries:
         """
         score, leaves = scores
         if self._parts is not None:
-            # What takes no part scores zero; the flag travels as one scalar a leaf.
-            parts = zip(leaves, self._parts, strict=True)
-            score, leaves = _among(score), [(*args, part) for args, part in parts]
+            score, leaves = only_parts(score, leaves, self._parts)
         if self._min_kept:
             score, leaves = self._with_floor(score, leaves)
         found = select(
@@ -117,16 +118,7 @@ class Entries:
         return _raised(score), raised
 
 
-# One function each, because jit knows functions by their identity.
-
-
-@cache
-def _among(score: ScoreFn) -> ScoreFn:
-    """Score that is zero in all of a leaf that takes no part: a scalar flag, last."""
-    return lambda *args: jnp.where(args[-1], score(*args[:-1]), 0)
-
-
-@cache
+@cache  # one function each, because jit knows functions by their identity
 def _raised(score: ScoreFn) -> ScoreFn:
     """Score that is inf where it is positive and reaches the order key that is last."""
 

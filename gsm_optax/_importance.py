@@ -8,6 +8,7 @@ an entry with a score of zero or less is never active.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,22 @@ def stored(score: jax.Array) -> jax.Array:
 def magnitude(x: jax.Array) -> jax.Array:
     """Score by magnitude alone; float32, 0 below 1e-38."""
     return jnp.abs(in_single_precision(x))
+
+
+def only_parts(
+    score: ScoreFn, leaves: Leaves, parts: Sequence[jax.Array]
+) -> tuple[ScoreFn, Leaves]:
+    """T that is zero in leaves that take no part, as bool scalars tell.
+
+    The flag travels as one scalar a leaf, last.
+    """
+    flagged = zip(leaves, parts, strict=True)
+    return _among(score), [(*args, part) for args, part in flagged]
+
+
+@cache  # one function each, because jit knows functions by their identity
+def _among(score: ScoreFn) -> ScoreFn:
+    return lambda *args: jnp.where(args[-1], score(*args[:-1]), 0)
 
 
 def _taylor(param: jax.Array, grad: jax.Array) -> jax.Array:

@@ -221,7 +221,7 @@ def mask_by_importance(
             pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
             total = pool.most
             check_kept(first_ratio, total)
-            check_reserved(ratio, pool.reserved, total, by_units=by_units)
+            check_reserved(ratio, pool.reserved, total, pool.floor)
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
         if concrete(smoothing) != 0:

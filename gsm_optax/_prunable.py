@@ -198,7 +198,7 @@ def entries_of(flags: Any, params: Any) -> int:
     return sum(int(np.size(x)) for flag, x in leaves if flag)
 
 
-class WholeUnits(NamedTuple):
+class ByUnits(NamedTuple):
     """Mark of a leaf that is chosen by whole units, and not entry by entry."""
 
 
@@ -213,7 +213,7 @@ def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
     if not everything:  # a placeholder of optax.tree.map_params: a leaf stands for all
         return jnp.zeros((), bool)
     by_leaf, mark = iter(jax.tree.leaves(flags)), optax.EmptyState()
-    mark = WholeUnits() if by_units else mark
+    mark = ByUnits() if by_units else mark
     return tuple(
         mark if not _is_hole(x) and next(by_leaf) else optax.MaskedNode()
         for x in everything
@@ -222,7 +222,7 @@ def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
 
 def entry_marks(marks: tuple[Any, ...]) -> tuple[Any, ...]:
     """Marks, as they are; `ValueError` if the choice was by whole units."""
-    if any(isinstance(mark, WholeUnits) for mark in marks):
+    if any(isinstance(mark, ByUnits) for mark in marks):
         raise ValueError(
             "this state is of an optimizer that chose whole units: prune by them too, "
             "with units= in place of opt_state=."
@@ -268,7 +268,7 @@ def check_marks(marks: Any, flags: Any, params: Any) -> None:
 
 
 def _is_mark(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode | optax.EmptyState | WholeUnits)
+    return isinstance(x, optax.MaskedNode | optax.EmptyState | ByUnits)
 
 
 def _is_hole(x: Any) -> bool:

@@ -99,7 +99,7 @@ def magnitude_mask(
     else:
         pool = units.among(params, chosen, pairs, None, min_units)
     check_kept(concrete(ratio), pool.most)
-    check_reserved(ratio, pool.reserved, pool.most, by_units=units is not None)
+    check_reserved(ratio, pool.reserved, pool.most, pool.floor)
     mask = [jnp.ones_like(x, bool) for x in leaves]
     kept = greatest(pool, num_kept(ratio, pool.total))
     for i, own in zip(chosen, kept, strict=True):

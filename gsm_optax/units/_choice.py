@@ -36,7 +36,10 @@ class WholeUnits:
         slots: which of the families have slices here, and the treedef of a tuple with a
             leaf for each family.
         reserved: entries that are active whatever Q is.
+        floor: what reserves them.
     """
+
+    floor = "min_units of every family"
 
     def __init__(
         self,

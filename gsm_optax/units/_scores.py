@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gsm_optax._importance import only_parts
 from gsm_optax._placement import Leaves, along, everywhere
 from gsm_optax._reductions import INF_KEY, ScoreFn, order_key
 from gsm_optax.units._families import Family, Slices, unit_entries
@@ -38,9 +39,7 @@ def mean_scores(
         parts: bool scalars, whether a leaf takes part: of the others nothing counts.
     """
     if parts is not None:
-        own, flagged = score, zip(leaves, parts, strict=True)
-        score = lambda *args: jnp.where(args[-1], own(*args[:-1]), 0)
-        leaves = [(*args, part) for args, part in flagged]
+        score, leaves = only_parts(score, leaves, parts)
     means, before = [], ()
     for family in families:
         mean = _mean(family, score, leaves, parts, before)
