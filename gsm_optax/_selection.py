@@ -27,6 +27,10 @@ from gsm_optax._words import LARGEST, WORD, Words, as_int32, excess, to_count
 FAN = np.array([-16, -6, -3, -1, 1, 3, 6, 16], np.int32) * 2**20
 SPREAD = np.array([-4, -1.6, -0.6, -0.15, 0.15, 0.6, 1.6, 4], np.float32)
 
+# Up to so many entries counting alone is as fast on the CPU, and compiles in half the
+# time: 0.6 s instead of 1.2 s for three leaves.
+SMALL = 2**12
+
 
 class Selection(NamedTuple):
     """The outcome of a search: an entry is active iff its order key reaches `key`."""
@@ -77,7 +81,7 @@ def select(
         del start
         return select_by_rows(score, leaves, (kept[0] << WORD) + kept[1])
 
-    if is_local(leaves, axis_name) and most <= LARGEST:
+    if is_local(leaves, axis_name) and SMALL < most <= LARGEST:
         found, key = lax.platform_dependent(
             leaves, kept, start, cpu=by_rows, default=by_counts
         )

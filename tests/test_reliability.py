@@ -11,7 +11,7 @@ from trees import drawn
 from gsm_optax import gsm_sgd, mask_by_importance, prune, taylor_importance
 
 # One structure, so that few programs are compiled; hypothesis varies what is in it.
-SHAPES = {"block": [{"w": (3, 3, 2, 2), "b": (3,)}, ((4, 5),)], "scale": ()}
+SHAPES = {"block": [{"w": (3, 3, 2, 2), "b": (3,)}, ((65, 64),)], "scale": ()}
 VALUES = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     "all zero": lambda rng, shape: np.zeros(shape),
