@@ -15,8 +15,6 @@ from pathlib import Path
 from examples.paper import experiment, figures, tables
 from examples.paper.recipes import RECIPES
 
-ERRORS = (FileNotFoundError, ImportError, ValueError, FloatingPointError)  # explained
-
 
 def positive(text: str) -> int:
     """Read a positive number of the command line."""
@@ -38,8 +36,7 @@ def parse_args(argv=None):
     run.add_argument("recipes", nargs="+", metavar="RECIPE", choices=[*RECIPES])
     run.add_argument("--seeds", type=positive, default=3, help="as many, from 0 on")
     run.add_argument("--data", dest="folder", help="of idx files or prepared tfds data")
-    text = "test on a sixth of the training set"
-    run.add_argument("--validate", action="store_true", help=text)
+    run.add_argument("--validate", action="store_true", help="spare the test set")
     table = commands.add_parser("table", help="print results as Markdown")
     figure = commands.add_parser("figure", help="draw densities")
     curve = commands.add_parser("curve", help="draw accuracies")
@@ -56,7 +53,7 @@ def run(recipes: list[str], seeds: int, results: Path, **options) -> None:
         for name in recipes:
             try:
                 record = experiment.run(RECIPES[name], seed, results, **options)
-            except ERRORS as error:
+            except (OSError, ImportError, ValueError, FloatingPointError) as error:
                 raise SystemExit(f"error: {error}") from None
             scores = (f"{key} {value:.2f}" for key, value in record["accuracy"].items())
             print(f"{name}, seed {seed}: {', '.join(scores)}", flush=True)

@@ -168,10 +168,8 @@ def from_tfds(name: str, place: Path) -> tuple[Any, Any] | None:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"{name} lies in {place}, but {error.name} is not installed: "
-            "pip install tensorflow-datasets array_record"
-        ) from error
+        install = "pip install tensorflow-datasets array_record"
+        raise ImportError(f"{name} lies in {place}, but {error}: {install}") from error
     train, test = (
         tfds.data_source(builder, split=split, data_dir=place, download=False)
         for split in ("train", "validation" if imagenet else "test")

@@ -87,7 +87,11 @@ class Experiment:
         mask = magnitude_mask(trained[0], ratio)
         pruned = masked(trained, mask)
         self.record["near_zero"] = sparsity_report(trained[0]).prunable.below(1e-4)
-        self.record["layers"] = layers(pruned[0])
+        self.record["layers"] = [
+            {key: getattr(leaf, key) for key in ("path", "entries", "nonzero")}
+            for leaf in sparsity_report(nnx.to_pure_dict(pruned[0])).leaves
+            if leaf.prunable
+        ]
         self.note("GSM", trained)
         self.note("GSM pruned", pruned)
         if recipe.tuned:
@@ -107,9 +111,7 @@ class Experiment:
                 winner = self.train(label, recipe.dense, ticket, methods.frozen, mask)
                 self.note(label, winner)
 
-    def train(
-        self, label: str, phase: Phase, network: Network, method, *args, until=None
-    ) -> Network:
+    def train(self, label, phase: Phase, network: Network, method, *args, until=None):
         """Train a network through a phase, or up to a step; `args` go to `method`."""
         epoch, recipe = self.trainer.epoch, self.recipe
         name = [*self.name, settings(phase), method.__name__, until]
@@ -118,7 +120,10 @@ class Experiment:
         label = f"{recipe.name}, seed {self.trainer.seed}: {label}"
         trained = self.trainer.train(network, tx, steps, label, saved)
         if method is methods.frozen:
-            check_frozen(label, trained[0], *args)
+            outside = jax.tree.map(jnp.logical_not, args[0])
+            moved = sparsity_report(apply_mask(trained[0], outside)).total.nonzero
+            if moved:
+                raise AssertionError(f"{moved} pruned entries have moved: {label}.")
         return trained
 
     def note(self, label: str, network: Network) -> None:
@@ -135,27 +140,12 @@ def masked(network: Network, mask: Any) -> Network:
     return apply_mask(network[0], mask), network[1]
 
 
-def check_frozen(label: str, params: Any, mask: Any) -> None:
-    """Check that all entries outside the mask are still zero."""
-    outside = apply_mask(params, jax.tree.map(jnp.logical_not, mask))
-    moved = sparsity_report(outside).total.nonzero
-    if moved:
-        raise AssertionError(f"{moved} pruned entries have moved: {label}.")
-
-
 def digest(name: Any, arrays: Any) -> str:
     """Sixteen digits that stand for a name and the bits of all arrays."""
     found = hashlib.sha256(json.dumps(name).encode())
     for leaf in jax.tree.leaves(arrays):
         found.update(np.asarray(leaf).tobytes())
     return found.hexdigest()[:16]
-
-
-def layers(params: Any) -> list[dict[str, Any]]:
-    """Entries and survivors of every kernel, in the order of the network."""
-    leaves = sparsity_report(nnx.to_pure_dict(params)).leaves
-    names = ("path", "entries", "nonzero")
-    return [{k: getattr(leaf, k) for k in names} for leaf in leaves if leaf.prunable]
 
 
 def environment() -> dict[str, Any]:

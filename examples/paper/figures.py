@@ -40,8 +40,7 @@ def densities(results: Path, output: Path) -> plt.Figure:
     found = [(r, records) for r in pruned if (records := read(results, r))]
     if not found:
         raise SystemExit(f"error: no results in {results}: run some recipes first.")
-    size = (2.5 * len(found), 3.2)
-    figure = plt.figure(figsize=size, layout="constrained")
+    figure = plt.figure(figsize=(2.5 * len(found), 3.2), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axis, (recipe, records) in zip(axes, found, strict=True):
         panel(axis, recipe, records)
@@ -56,8 +55,7 @@ def panel(axis: plt.Axes, recipe: Recipe, records: list[Record]) -> None:
     density = 100 * np.array(kept)
     mean, places = density.mean(0), np.arange(density.shape[1])
     reach = [mean - density.min(0), density.max(0) - mean]
-    look = {"color": "#56b4e9", "edgecolor": "black", "capsize": 3}
-    bars = axis.bar(places, mean, yerr=reach, **look)
+    bars = axis.bar(places, mean, yerr=reach, color="#56b4e9", edgecolor="k", capsize=3)
     if len(mean) > FEW:
         axis.set_xlabel("kernels, from the input on", fontsize=8)
     else:
@@ -66,11 +64,11 @@ def panel(axis: plt.Axes, recipe: Recipe, records: list[Record]) -> None:
         plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8, bbox=plain)
     whole = 100 / recipe.compression
-    line = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 2}
-    axis.axhline(whole, label="whole model", **line)
-    title = f"{recipe.title}\n{recipe.compression:g}x: {whole:.2g} %"
+    axis.axhline(whole, color="k", ls="--", lw=1, zorder=2, label="whole model")
     axis.set(yscale="log", ylim=(0.05, 300))
-    axis.set_title(title, fontsize=9)
+    axis.set_title(
+        f"{recipe.title}\n{recipe.compression:g}x: {whole:.2g} %", fontsize=9
+    )
     axis.tick_params(labelsize=7)
 
 
