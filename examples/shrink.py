@@ -61,7 +61,6 @@ TITLES = {"lenet5": "LeNet-5", "resnet8": "ResNet-8"}
 BATCHES = (1, 256)  # images, of which latency is measured
 ROUNDS = 30
 
-
 Network = dict[str, Any]  # params, and stats of batch normalisation
 
 
@@ -81,14 +80,15 @@ def run(name: str, data: Data, settings: Settings, seed: int) -> dict[str, Any]:
         # Training is on all devices, what is measured on one.
         return jax.device_put({"params": params, "stats": stats}, jax.devices()[0])
 
-    dense = Phase(settings.dense, settings.rate, cosine=True)
-    dense = learn("dense", {"params": params, "stats": stats}, dense, methods.dense)
-    units, trainer.seed = find_units(call, dense, images[:2]), seed + 1000
-    rates = {
-        "learning_rate": settings.gsm_rate,
-        "passive_decay": settings.passive_decay,
-    }
-    gsm, ratio = replace(beyond(settings.gsm), **rates), settings.ratio
+    first = Phase(settings.dense, settings.rate, cosine=True)
+    dense = learn("dense", {"params": params, "stats": stats}, first, methods.dense)
+    units, ratio = find_units(call, dense, images[:2]), settings.ratio
+    trainer.seed += 1000  # another order of the images
+    gsm = replace(
+        beyond(settings.gsm),
+        learning_rate=settings.gsm_rate,
+        passive_decay=settings.passive_decay,
+    )
     trained = learn("GSM", dense, gsm, methods.gsm, ratio, units)
     sparse = pruned(trained, ratio, units)
     once = shrink(pruned(dense, ratio, units), units)[0]

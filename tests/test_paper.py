@@ -280,12 +280,12 @@ def noise(size=32, classes=10, count=16):
 
 
 def two_epochs(folder, model, data, batch, until=None):
-    """Run two epochs of GSM, up to a step; return the trainer and what it trained."""
+    """Run two epochs of GSM, up to a step; return parameters and statistics."""
     graph, *network = nnx.split(model, nnx.Param, ...)
     trainer = Trainer(graph, data, batch, seed=0)
     tx = methods.gsm(Phase(2, 3e-2, momentum=0.9), trainer.epoch, 0.9)
     steps = until or 2 * trainer.epoch
-    return trainer, trainer.train(network, tx, steps, "test", folder)
+    return trainer.train(network, tx, steps, "test", folder)
 
 
 def digest(state):
@@ -309,13 +309,12 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, capfd):
     run = lambda name, until=None: two_epochs(
         tmp_path / name, Normalised(nnx.Rngs(0)), noise(), 4, until
     )
-    trainer, whole = run("whole")
+    whole = run("whole")
     run("cut", 5)  # in the middle of the second epoch
     assert [x.name for x in (tmp_path / "cut").iterdir()] == ["5"]
-    _, cut = run("cut")
+    cut = run("cut")
     assert digest(cut) == digest(whole)
-    assert digest(run("cut")[1]) == digest(whole)  # nothing is left to do
-    assert trainer.accuracy(cut) == trainer.accuracy(whole)
+    assert digest(run("cut")) == digest(whole)  # nothing is left to do
     lines = capfd.readouterr().err.splitlines()  # no terminal: a line for each run
     assert [line.split(",")[0] for line in lines if line.startswith("test")] == [
         f"test: {steps} steps" for steps in (8, 5, 8)
@@ -433,7 +432,7 @@ def test_tickets_are_survivors_with_the_weights_of_before(tmp_path, phases):
     assert set(phases.trained) == {"early", "magnitude, early", "GSM, early"}
 
 
-def test_tickets_without_training(tmp_path, phases):
+def test_tickets_without_training(tmp_path, phases, monkeypatch):
     """Weights that no phase trains, but each changes as it likes."""
 
     def change(trainer, network, tx, steps, label, folder):
@@ -442,6 +441,7 @@ def test_tickets_without_training(tmp_path, phases):
         return jax.tree.map(change, network[0]), network[1]
 
     phases.train = change
+    monkeypatch.setattr(Trainer, "accuracy", lambda trainer, network: [0.0, 0.0])
     check_tickets(TICKETS, tmp_path, phases)
 
 

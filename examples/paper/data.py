@@ -86,7 +86,7 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
     if name not in STATISTICS:
         known = ", ".join(STATISTICS)
         raise ValueError(f"data {name!r} is unknown; there are {known}.")
-    train, test, source = digits() if name == "digits" else read(name, folder)
+    train, test, source = digits() if name == "digits" else find(name, folder)
     if validate:
         if not isinstance(train, Arrays):
             raise ValueError("a validation set is split off only from data in memory.")
@@ -108,7 +108,7 @@ def digits() -> tuple[Arrays, Arrays, str]:
     return Arrays(x, y), Arrays(test_x, test_y), "scikit-learn"
 
 
-def read(name: str, folder: str | Path | None) -> tuple[Any, Any, str]:
+def find(name: str, folder: str | Path | None) -> tuple[Any, Any, str]:
     """Return training set, test set and the folder where they were found."""
     named = folder or os.environ.get("GSM_DATA")
     places = [Path(named) / name, Path(named)] if named else []
