@@ -24,13 +24,13 @@ sys.path.append(str(Path(__file__).parent.parent))
 from examples.paper import methods, training
 from examples.paper.data import STATISTICS, Arrays, Data
 from examples.paper.models import create
-from examples.paper.recipes import LENET5, RESNET50, RESNET56
+from examples.paper.recipes import RECIPES
 
 MODELS = {  # title, shape of the images, classes, recipe
-    "resnet56": ("ResNet-56", (32, 32, 3), 10, RESNET56),
-    "densenet40": ("DenseNet-40", (32, 32, 3), 10, RESNET56),
-    "resnet50": ("ResNet-50", (224, 224, 3), 1000, RESNET50),
-    "lenet5": ("LeNet-5", (28, 28, 1), 10, LENET5),
+    "resnet56": ("ResNet-56", (32, 32, 3), 10, "cifar-resnet56-10x"),
+    "densenet40": ("DenseNet-40", (32, 32, 3), 10, "cifar-resnet56-10x"),
+    "resnet50": ("ResNet-50", (224, 224, 3), 1000, "imagenet-resnet50-5x"),
+    "lenet5": ("LeNet-5", (28, 28, 1), 10, "mnist-lenet5-125x"),
 }
 HEAD = ["model", "optimizer", "batch", "ms a step", "q1 - q3", "compile s", "memory"]
 
@@ -43,8 +43,8 @@ class Run:
     def __init__(self, name: str, tx, model, data: Data):
         """Compile for the training set as a batch."""
         graph, params, stats = nnx.split(model, nnx.Param, ...)
-        mesh = training.mesh_of(len(data.train))
-        self.name, self.state = name, training.start(params, stats, tx, mesh)
+        self.name = name
+        self.state = training.start(params, stats, tx, len(data.train))
         step = partial(training.step, graph, data, common.SEED, tx)
         begin = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0)
@@ -72,7 +72,8 @@ def synthetic(shape: tuple[int, ...], classes: int, count: int) -> Data:
 
 def measure(model: str, batch: int | None, steps: int, bfloat16: bool):
     """Let both optimizers take turns; return one record each."""
-    title, shape, classes, recipe = MODELS[model]
+    title, shape, classes, name = MODELS[model]
+    recipe = RECIPES[name]
     batch = batch or recipe.batch
     network = create(model, common.SEED, jnp.bfloat16 if bfloat16 else None)
     data = synthetic(shape, classes, batch)

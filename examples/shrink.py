@@ -14,28 +14,25 @@ import argparse
 import io
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from flax import nnx
-from tqdm import tqdm
 
-from examples.paper.data import load
+from examples.paper import methods
+from examples.paper.data import Data, load
 from examples.paper.models import MODELS, create
-from gsm_optax import (
-    gsm_sgd,
-    kernels,
-    plot,
-    prune,
-    ratio_ramp,
-    tempered_importance,
-)
+from examples.paper.recipes import Phase, beyond
+from examples.paper.training import Trainer, normalise
+from gsm_optax import plot, prune
 from gsm_optax.units import find_units, shrink
 
 matplotlib.use("Agg")
@@ -64,194 +61,91 @@ TITLES = {"lenet5": "LeNet-5", "resnet8": "ResNet-8"}
 BATCHES = (1, 256)  # images, of which latency is measured
 ROUNDS = 30
 
-
-class Images(NamedTuple):
-    """Training and test set on the device, normalised."""
-
-    train: tuple[jax.Array, jax.Array]
-    test: tuple[jax.Array, jax.Array]
+Network = dict[str, Any]  # params, and stats of batch normalisation
 
 
-def images_of(name: str, folder: str | None, validate: bool) -> Images:
-    """Read a data set of `examples.paper.data`."""
-    data = load(name, folder, validate)
-    mean, std = (np.float32(x) for x in (data.mean, data.std))
-    normal = lambda x: jnp.asarray((x.astype(np.float32) / 255 - mean) / std)
-    return Images(
-        *((normal(x.images), jnp.asarray(x.labels)) for x in (data.train, data.test))
-    )
-
-
-class Network(NamedTuple):
-    """A module as arrays: `graph` is what does not train."""
-
-    graph: Any
-    variables: dict[str, Any]  # params, and stats of batch normalisation
-
-
-def network(name: str, seed: int) -> Network:
-    """Initialise a network of `examples.paper.models`."""
+def run(name: str, data: Data, settings: Settings, seed: int) -> dict[str, Any]:
+    """Train one network densely and by units, and measure what comes of it."""
     graph, params, stats = nnx.split(create(name, seed), nnx.Param, ...)
-    return Network(graph, {"params": params, "stats": stats})
+    call, trainer = partial(apply, graph), Trainer(graph, data, settings.batch, seed)
+    test = lambda net: trainer.accuracy((net["params"], net["stats"]))[0]
+    images = data.test.read(np.arange(max(BATCHES)) % len(data.test))[0]
+    images = normalise(jnp.asarray(images), data.mean, data.std)
+
+    def learn(label, net, phase, method, *args):
+        steps, tx = phase.epochs * trainer.epoch, method(phase, trainer.epoch, *args)
+        label, given = f"{name}, seed {seed}: {label}", (net["params"], net["stats"])
+        with TemporaryDirectory() as folder:
+            params, stats = trainer.train(given, tx, steps, label, Path(folder))
+        # Training is on all devices, what is measured on one.
+        return jax.device_put({"params": params, "stats": stats}, jax.devices()[0])
+
+    first = Phase(settings.dense, settings.rate, cosine=True)
+    dense = learn("dense", {"params": params, "stats": stats}, first, methods.dense)
+    units, ratio = find_units(call, dense, images[:2]), settings.ratio
+    trainer.seed += 1000  # another order of the images
+    gsm = replace(
+        beyond(settings.gsm),
+        learning_rate=settings.gsm_rate,
+        passive_decay=settings.passive_decay,
+    )
+    trained = learn("GSM", dense, gsm, methods.gsm, ratio, units)
+    sparse = pruned(trained, ratio, units)
+    once = shrink(pruned(dense, ratio, units), units)[0]
+    more = Phase(settings.gsm, settings.rate / 2, cosine=True)
+    found = {
+        "dense": dense,
+        "GSM by units, shrunk": shrink(sparse, units)[0],
+        "magnitude of units, at once": once,
+        "the same, trained on": learn("trained on", once, more, methods.dense),
+    }
+    times = latencies(call, found, images)
+    rows = {
+        key: {"accuracy": test(net)} | cost(call, net, images[:1]) | times[key]
+        for key, net in found.items()
+    }
+    loss = {"before": test(trained), "after": test(sparse)}
+    about = {"network": name, "seed": seed, "ratio": ratio}
+    return about | {"pruning": loss, "rows": rows}
 
 
-def apply(graph: Any, variables: Any, x: jax.Array) -> jax.Array:
+def apply(graph: Any, net: Network, x: jax.Array) -> jax.Array:
     """Logits, as in inference."""
-    model = nnx.merge(graph, variables["params"], variables["stats"])
+    model = nnx.merge(graph, net["params"], net["stats"])
     model.eval()
     return model(x)
 
 
-def train(net: Network, tx, data: Images, epochs: int, batch: int, seed: int, label):
-    """Return the network after some epochs."""
-    images, labels = data.train
-
-    def loss_of(params, stats, rows):
-        model = nnx.merge(net.graph, params, stats, copy=True)
-        logits = model(images[rows])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
-        return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
-
-    # Not a scan over the batches: in a loop XLA's convolutions are slow on a CPU.
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables, opt_state, rows):
-        params, stats = variables["params"], variables["stats"]
-        grads, stats = jax.grad(loss_of, has_aux=True)(params, stats, rows)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return {"params": params, "stats": stats}, opt_state
-
-    variables = jax.tree.map(jnp.copy, net.variables)
-    state = tx.init(variables["params"])
-    bar = tqdm(range(epochs), desc=label, unit="epoch", leave=False, disable=None)
-    for i in bar:
-        order = np.random.default_rng((seed, i)).permutation(len(labels))
-        for rows in order[: len(order) // batch * batch].reshape(-1, batch):
-            variables, state = step(variables, state, rows)
-        jax.block_until_ready(variables)
-    net = net._replace(variables=variables)
-    if bar.disable:  # no terminal: one line a phase
-        print(f"{label}: {epochs} epochs, {accuracy(net, data):.2f} %", flush=True)
-    return net
-
-
-def accuracy(net: Network, data: Images) -> float:
-    """Percentage of the test images whose greatest logit is the label's."""
-    images, labels = data.test
-    logits, hits = jax.jit(partial(apply, net.graph)), 0
-    for rows in np.array_split(np.arange(len(labels)), max(1, len(labels) // 1000)):
-        found = logits(net.variables, images[rows]).argmax(-1)
-        hits += int((found == labels[rows]).sum())
-    return 100 * hits / len(labels)
-
-
-def dense_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    """Momentum SGD along a cosine, with decay of the kernels."""
-    decay = optax.add_decayed_weights(5e-4, mask=kernels)
-    return optax.chain(decay, optax.sgd(optax.cosine_decay_schedule(rate, steps), 0.9))
-
-
-def gsm_optimizer(settings: Settings, units: Any, steps: int):
-    """The recipe of the README, by units."""
-    drops = {int(0.75 * steps): 0.1, int(0.92 * steps): 0.1}
-    return gsm_sgd(
-        optax.piecewise_constant_schedule(settings.gsm_rate, drops),
-        ratio_ramp(settings.ratio, int(0.6 * steps)),
-        momentum=0.95,
-        weight_decay=5e-4,
-        passive_decay=settings.passive_decay,
-        importance=tempered_importance(0.5),
-        smoothing=0.99,
-        units=units,
-    )
-
-
 def pruned(net: Network, ratio: float, units: Any) -> Network:
     """The network with the units of least magnitude at zero."""
-    params = prune(net.variables["params"], ratio, units=units)
-    return net._replace(variables=net.variables | {"params": params})
+    return net | {"params": prune(net["params"], ratio, units=units)}
 
 
-def smaller(net: Network, units: Any) -> Network:
-    """The network without the units that add nothing."""
-    return net._replace(variables=shrink(net.variables, units)[0])
-
-
-def run(name: str, data: Images, settings: Settings, seed: int) -> dict[str, Any]:
-    """Train one network densely and by units, and measure what comes of it."""
-    ratio, batch = settings.ratio, settings.batch
-    epoch, label = len(data.train[1]) // batch, f"{name}, seed {seed}"
-    learn = partial(train, data=data, batch=batch)
-    steps = settings.dense * epoch
-    tx = dense_optimizer(settings.rate, steps)
-    dense = learn(
-        network(name, seed),
-        tx,
-        epochs=settings.dense,
-        seed=seed,
-        label=f"{label}: dense",
-    )
-    units = find_units(partial(apply, dense.graph), dense.variables, data.test[0][:2])
-
-    steps, more = settings.gsm * epoch, {"epochs": settings.gsm, "seed": seed + 1000}
-    tx = gsm_optimizer(settings, units, steps)
-    trained = learn(dense, tx, label=f"{label}: GSM", **more)
-    sparse = pruned(trained, ratio, units)
-    once = smaller(pruned(dense, ratio, units), units)
-    tx = dense_optimizer(settings.rate / 2, steps)
-    tuned = learn(once, tx, label=f"{label}: magnitude, trained on", **more)
-    found = {
-        "dense": dense,
-        "GSM by units, shrunk": smaller(sparse, units),
-        "magnitude of units, at once": once,
-        "the same, trained on": tuned,
-    }
-    rows = {
-        key: {"accuracy": accuracy(net, data)} | cost(net, data)
-        for key, net in found.items()
-    }
-    for key, seconds in latencies(found, data).items():
-        rows[key] |= seconds
-    loss = {"before": accuracy(trained, data), "after": accuracy(sparse, data)}
-    return {
-        "network": name,
-        "seed": seed,
-        "ratio": ratio,
-        "pruning": loss,
-        "rows": rows,
-    }
-
-
-def cost(net: Network, data: Images) -> dict[str, float]:
+def cost(call: Callable, net: Network, image: jax.Array) -> dict[str, float]:
     """Parameters, FLOPs of an image, and bytes of an npz file."""
-    leaves = jax.tree.leaves(net.variables["params"])
-    compiled = compile_for(net, data.test[0][:1])
     file = io.BytesIO()
-    np.savez_compressed(file, *map(np.asarray, jax.tree.leaves(net.variables)))
+    np.savez_compressed(file, *map(np.asarray, jax.tree.leaves(net)))
     return {
-        "parameters": sum(leaf.size for leaf in leaves),
-        "flops": compiled.cost_analysis()["flops"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(net["params"])),
+        "flops": jax.jit(call).lower(net, image).compile().cost_analysis()["flops"],
         "bytes": file.getbuffer().nbytes,
     }
 
 
-def compile_for(net: Network, images: jax.Array) -> Any:
-    """Compile inference for a batch."""
-    return jax.jit(partial(apply, net.graph)).lower(net.variables, images).compile()
-
-
-def latencies(nets: dict[str, Network], data: Images) -> dict[str, dict[str, float]]:
+def latencies(
+    call: Callable, nets: dict[str, Network], images: jax.Array
+) -> dict[str, dict[str, float]]:
     """Median milliseconds of inference; the networks take turns, in random order."""
     found: dict[str, dict[str, float]] = {key: {} for key in nets}
     for size in BATCHES:
-        images = jnp.concatenate([data.test[0]] * 2)[:size]
-        calls = {key: compile_for(net, images) for key, net in nets.items()}
+        some = images[:size]
+        calls = {k: jax.jit(call).lower(net, some).compile() for k, net in nets.items()}
         times: dict[str, list[float]] = {key: [] for key in nets}
         rng = np.random.default_rng(size)
         for i in range(ROUNDS + 1):
             for key in rng.permutation(list(nets)):
                 begin = time.perf_counter()
-                jax.block_until_ready(calls[key](nets[key].variables, images))
+                jax.block_until_ready(calls[key](nets[key], some))
                 times[key].append(time.perf_counter() - begin)
             if i == 0:  # to warm up
                 times = {key: [] for key in nets}
@@ -349,7 +243,7 @@ def main(argv=None):
     models = args.models or [model for data, model in SETTINGS if data == args.data]
     settings = {name: settings_of(args, name) for name in models}
     try:
-        data = images_of(args.data, args.folder, args.validate)
+        data = load(args.data, args.folder, args.validate)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from None
     records = []

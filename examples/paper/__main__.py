@@ -12,10 +12,8 @@ Runs go on where they were cut off. Nothing is downloaded.
 import argparse
 from pathlib import Path
 
-from examples.paper import curve, experiment, figure, records, tables
+from examples.paper import experiment, figures, tables
 from examples.paper.recipes import RECIPES
-
-ERRORS = (FileNotFoundError, ImportError, ValueError, FloatingPointError)  # explained
 
 
 def positive(text: str) -> int:
@@ -32,51 +30,49 @@ def parse_args(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    results = argparse.ArgumentParser(add_help=False)
-    results.add_argument("--results", type=Path, default="results/paper", help="folder")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list all recipes")
-    add = commands.add_parser("run", parents=[results], help="run recipes").add_argument
-    add("recipes", nargs="+", metavar="RECIPE", choices=[*RECIPES])
-    add("--seeds", type=positive, default=3, help="number of seeds, from 0 on")
-    add("--data", help="folder of idx files or prepared tfds data")
-    add("--bfloat16", action="store_true", help="compute in bfloat16")
-    add("--validate", action="store_true", help="test on a sixth of the training set")
-    commands.add_parser("table", parents=[results], help="print results as Markdown")
-    draw = commands.add_parser("figure", parents=[results], help="draw densities")
-    draw.add_argument("--output", type=Path, default=Path("results/densities.png"))
-    draw = commands.add_parser("curve", parents=[results], help="draw accuracies")
-    draw.add_argument("--output", type=Path, default=Path("results/compression.png"))
+    run = commands.add_parser("run", help="run recipes")
+    run.add_argument("recipes", nargs="+", metavar="RECIPE", choices=[*RECIPES])
+    run.add_argument("--seeds", type=positive, default=3, help="as many, from 0 on")
+    run.add_argument("--data", dest="folder", help="of idx files or prepared tfds data")
+    run.add_argument("--validate", action="store_true", help="spare the test set")
+    table = commands.add_parser("table", help="print results as Markdown")
+    figure = commands.add_parser("figure", help="draw densities")
+    curve = commands.add_parser("curve", help="draw accuracies")
+    for command in (run, table, figure, curve):
+        command.add_argument("--results", type=Path, default="results/paper")
+    for command, file in {figure: "densities.png", curve: "compression.png"}.items():
+        command.add_argument("--output", type=Path, default=f"results/{file}")
     return parser.parse_args(argv)
 
 
-def run(args) -> None:
+def run(recipes: list[str], seeds: int, results: Path, **options) -> None:
     """Run recipes for all seeds, and print the accuracies of each."""
-    kind = {"validate": args.validate, "bfloat16": args.bfloat16}
-    for seed in range(args.seeds):
-        for name in args.recipes:
+    for seed in range(seeds):
+        for name in recipes:
             try:
-                record = experiment.run(
-                    RECIPES[name], seed, args.results, args.data, **kind
-                )
-            except ERRORS as error:
+                record = experiment.run(RECIPES[name], seed, results, **options)
+            except (OSError, ImportError, ValueError, FloatingPointError) as error:
                 raise SystemExit(f"error: {error}") from None
             scores = (f"{key} {value:.2f}" for key, value in record["accuracy"].items())
-            path = records.path_of(args.results, name, seed, **kind)
-            print(f"{name}, seed {seed}: {', '.join(scores)} ({path})", flush=True)
+            print(f"{name}, seed {seed}: {', '.join(scores)}", flush=True)
 
 
 def main(argv=None) -> None:
     """Do what the command line says."""
-    args = parse_args(argv)
-    if args.command == "list":
-        print(tables.recipes_table())
-    elif args.command == "run":
-        run(args)
-    elif args.command == "table":
-        print(tables.results_table(args.results))
-    else:
-        {"figure": figure, "curve": curve}[args.command].draw(args.results, args.output)
+    args = vars(parse_args(argv))
+    match args.pop("command"):
+        case "list":
+            print(tables.recipes_table())
+        case "table":
+            print(tables.results_table(**args))
+        case "run":
+            run(**args)
+        case "figure":
+            figures.densities(**args)
+        case "curve":
+            figures.compression(**args)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,25 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-IDX_FOLDERS = {  # where Debian's package and others put them
-    "mnist": ("data/mnist", "/usr/share/datasets/mnist"),
-    "fashion_mnist": ("data/fashion_mnist", "/usr/share/datasets/fashion-mnist"),
-}
 STATISTICS = {  # mean and standard deviation of the channels of images / 255
     "digits": ((0.0,), (16 / 255,)),  # grey values are 0 to 16 there
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+BUILDERS = {"imagenet": "imagenet2012"}  # that tensorflow-datasets names otherwise
+IDX = "Its four idx files will do in a folder that --data or GSM_DATA names. "
+ELSEWHERE = {  # what else to do where the data are not there
+    "mnist": IDX,
+    "fashion_mnist": f"Debian, Ubuntu: apt install dataset-fashion-mnist. {IDX}",
+    "imagenet": "Its two archives, for which image-net.org wants an account, go into "
+    "the subfolder downloads/manual before. ",
 }
 
 
@@ -69,9 +72,9 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
 
     Args:
         name: one of `STATISTICS`.
-        folder: where idx files, or prepared data sets of tensorflow-datasets, lie; the
-            idx files in a subfolder of the data set's name, or directly. By default
-            that of the environment variable `GSM_DATA`, and the usual places.
+        folder: where idx files, or prepared data sets of tensorflow-datasets, lie: in a
+            subfolder of the data set's name, or directly. By default that of the
+            environment variable `GSM_DATA`, and the usual places.
         validate: whether to train on the first five sixths of the training set and to
             test on the rest of it. Settings are to be chosen that way.
 
@@ -83,10 +86,7 @@ def load(name: str, folder: str | Path | None = None, validate: bool = False) ->
     if name not in STATISTICS:
         known = ", ".join(STATISTICS)
         raise ValueError(f"data {name!r} is unknown; there are {known}.")
-    if name == "digits":
-        train, test, source = digits()
-    else:
-        train, test, source = from_idx(name, folder) or from_tfds(name, folder)
+    train, test, source = digits() if name == "digits" else find(name, folder)
     if validate:
         if not isinstance(train, Arrays):
             raise ValueError("a validation set is split off only from data in memory.")
@@ -108,43 +108,40 @@ def digits() -> tuple[Arrays, Arrays, str]:
     return Arrays(x, y), Arrays(test_x, test_y), "scikit-learn"
 
 
-def from_idx(name: str, folder: str | Path | None):
-    """Return training set, test set and folder of idx files; None if there are none."""
-    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    for place in idx_folders(name, folder):
-        paths = [
-            find(place, f"{x}-{kind}") for x in ("train", "t10k") for kind in kinds
-        ]
-        if all(paths):
-            x, y, test_x, test_y = map(read_idx, paths)
-            train = Arrays(x[..., None], y.astype(np.int32))
-            return train, Arrays(test_x[..., None], test_y.astype(np.int32)), str(place)
-    return None
-
-
-def idx_folders(name: str, folder: str | Path | None) -> list[Path]:
-    """Where to look for idx files: in the folder that was named, and nowhere else."""
-    if name not in IDX_FOLDERS:
-        return []
+def find(name: str, folder: str | Path | None) -> tuple[Any, Any, str]:
+    """Return training set, test set and the folder where they were found."""
     named = folder or os.environ.get("GSM_DATA")
-    own = [Path(named) / name, Path(named)] if named else []
-    return own if folder else [*own, *map(Path, IDX_FOLDERS[name])]
+    places = [Path(named) / name, Path(named)] if named else []
+    if not folder:  # one that is named is the only one
+        debian = Path("/usr/share/datasets", name.replace("_", "-"))
+        places += [Path("data", name), debian, Path("~/tensorflow_datasets")]
+    places = [place.expanduser() for place in places]
+    for place in places:
+        if found := from_idx(name, place) or from_tfds(name, place):
+            return *found, str(place)
+    where, prepared = ", ".join(map(str, places)), places[-1]
+    raise FileNotFoundError(
+        f"{name} is not on this machine, and nothing is downloaded from here; looked "
+        f"in {where}. {ELSEWHERE.get(name, '')}With tensorflow and tensorflow-datasets "
+        "installed and a network, prepare it once:\n"
+        '    python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{BUILDERS.get(name, name)}', data_dir='{prepared}', "
+        "file_format='array_record').download_and_prepare()\""
+    )
 
 
-def tfds_folders(folder: str | Path | None) -> list[Path]:
-    """Where to look for prepared data sets, in the same way."""
-    if folder:
-        return [Path(folder).expanduser()]
-    named = [os.environ.get("GSM_DATA"), os.environ.get("TFDS_DATA_DIR")]
-    usual = [*filter(None, named), "~/tensorflow_datasets"]
-    return [Path(place).expanduser() for place in usual]
-
-
-def find(folder: Path, name: str) -> Path | None:
-    """Return the file in either of its usual spellings, compressed or not."""
-    names = (name, name.replace("-idx", ".idx"))
-    paths = (folder / (base + end) for base in names for end in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
+def from_idx(name: str, place: Path) -> tuple[Arrays, Arrays] | None:
+    """Return training and test set of MNIST's four files; None if one is missing."""
+    if name not in ("mnist", "fashion_mnist"):
+        return None
+    parts = [f"{x}-{kind}" for x in ("train", "t10k") for kind in ("images", "labels")]
+    # Both usual spellings, compressed or not.
+    paths = [sorted(place.glob(f"{part}[-.]idx?-ubyte*")) for part in parts]
+    if not all(paths):
+        return None
+    x, y, test_x, test_y = (read_idx(path) for path, *_ in paths)
+    train = Arrays(x[..., None], y.astype(np.int32))
+    return train, Arrays(test_x[..., None], test_y.astype(np.int32))
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -153,38 +150,33 @@ def read_idx(path: Path) -> np.ndarray:
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     # Two zeros, 8 for unsigned bytes, the rank, every size as a big-endian uint32.
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+    if content[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an idx file of unsigned bytes.")
-    shape = tuple(np.frombuffer(content, ">u4", content[3], 4).tolist())
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
-    if values.size != np.prod(shape):
-        raise ValueError(f"{path} has {values.size} bytes, its header says {shape}.")
-    return values.reshape(shape)
+    try:
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{path} is cut off, or no idx file: {error}") from None
 
 
-def from_tfds(name: str, folder: str | Path | None):
-    """Return training set, test set and folder of what tensorflow-datasets prepared."""
-    imagenet = name == "imagenet"
-    builder = "imagenet2012" if imagenet else name
+def from_tfds(name: str, place: Path) -> tuple[Any, Any] | None:
+    """Return training and test set that tensorflow-datasets prepared, None if none."""
+    builder, imagenet = BUILDERS.get(name, name), name == "imagenet"
     # tensorflow-datasets itself would try to download for minutes: look first.
-    prepared = lambda place: any((place / builder).glob("*/*.array_record*"))
-    place = next(filter(prepared, tfds_folders(folder)), None)
-    if place is None:
-        raise FileNotFoundError(what_to_do(name, builder, folder))
+    if not any((place / builder).glob("*/*.array_record*")):
+        return None
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"{name} lies in {place}, but {error.name} is not installed: "
-            "pip install tensorflow-datasets array_record"
-        ) from error
+        install = "pip install tensorflow-datasets array_record"
+        raise ImportError(f"{name} lies in {place}, but {error}: {install}") from error
     train, test = (
         tfds.data_source(builder, split=split, data_dir=place, download=False)
         for split in ("train", "validation" if imagenet else "test")
     )
     if imagenet:
-        return Stream(train, random=True), Stream(test, random=False), str(place)
-    return read_whole(train), read_whole(test), str(place)
+        return Stream(train, random=True), Stream(test, random=False)
+    return read_whole(train), read_whole(test)
 
 
 def read_whole(source: Sequence[Any]) -> Arrays:
@@ -194,57 +186,34 @@ def read_whole(source: Sequence[Any]) -> Arrays:
     return Arrays(np.stack([record["image"] for record in records]), labels)
 
 
-def what_to_do(name: str, builder: str, folder: str | Path | None) -> str:
-    """Explain how to get a data set."""
-    places = tfds_folders(folder)
-    looked = ", ".join(str(place / builder) for place in places)
-    lines = [f"{name} is not on this machine, and nothing is downloaded from here."]
-    if name in IDX_FOLDERS:
-        lines.append(
-            "Either put its four idx files (compressed or not) into a folder and name "
-            "it with --data or GSM_DATA; looked in: "
-            f"{', '.join(map(str, idx_folders(name, folder)))}."
-        )
-    if name == "fashion_mnist":
-        lines.append("Debian and Ubuntu: apt install dataset-fashion-mnist.")
-    lines.append(
-        "With tensorflow and tensorflow-datasets installed and a network, prepare it "
-        f"once (looked in: {looked}):\n"
-        '    python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{builder}', data_dir='{places[0]}', "
-        "file_format='array_record').download_and_prepare()\""
-    )
-    if name == "imagenet":
-        lines.append(
-            f"ImageNet's two archives have to be in {places[0] / 'downloads/manual'} "
-            "before; they need an account at image-net.org."
-        )
-    return "\n".join(lines)
-
-
+@dataclass(frozen=True)
 class Stream:
     """Images that stay on disk, and are decoded and cropped as they are read."""
 
-    def __init__(self, source: Sequence[Any], random: bool, size: int = 224):
-        """Read from a sequence of records; crop and mirror at random for training."""
-        self.source, self.random, self.size = source, random, size
-        self.pool = ThreadPoolExecutor()  # decoding and resizing release the GIL
-        self.fingerprint = f"{len(source)} images"  # there are too many to read them
+    source: Sequence[Any]
+    random: bool  # whether to crop and mirror at random, for training
+    size: int = 224
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.source)
 
+    @property
+    def fingerprint(self) -> str:
+        """Return their number: there are too many to read them."""
+        return f"{len(self)} images"
+
     def read(self, rows: np.ndarray, seed: int = 0):
         """Return images [rows, size, size, 3] and labels; crops depend on the seed."""
-        pairs = self.pool.map(partial(self._one, seed), rows)
-        images, labels = zip(*pairs, strict=True)
-        return np.stack(images), np.array(labels, np.int32)
 
-    def _one(self, seed: int, row: int):
-        record = self.source[int(row)]
-        rng = np.random.default_rng((seed, int(row))) if self.random else None
-        return crop(record["image"], self.size, rng), record["label"]
+        def one(row):
+            record = self.source[int(row)]
+            rng = np.random.default_rng((seed, int(row))) if self.random else None
+            return crop(record["image"], self.size, rng), record["label"]
+
+        with ThreadPoolExecutor() as pool:  # decoding and resizing release the GIL
+            images, labels = zip(*pool.map(one, rows), strict=True)
+        return np.stack(images), np.array(labels, np.int32)
 
 
 def crop(image: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:

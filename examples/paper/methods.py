@@ -9,7 +9,7 @@ from jax import lax
 
 from examples.paper.recipes import Phase
 from gsm_optax import (
-    apply_mask,
+    decay_budget_left,
     freeze_pruned,
     gsm_sgd,
     kernels,
@@ -47,25 +47,31 @@ def dense(phase: Phase, steps_per_epoch: int) -> optax.GradientTransformation:
     )
 
 
-def gsm(phase: Phase, steps_per_epoch: int, ratio: float):
+def gsm(phase: Phase, steps_per_epoch: int, ratio: float, units: Any = None):
     """Global Sparse Momentum SGD, the ratio rising first if the phase has a ramp."""
     rate = schedule(phase, steps_per_epoch)
     ratio = rising(phase, steps_per_epoch, ratio) if phase.ramp else ratio
+    power = 1.0 if phase.power is None else phase.power
     choice = {
-        "importance": tempered_importance(1.0 if phase.power is None else phase.power),
+        "importance": tempered_importance(power),
         "smoothing": phase.smoothing or 0.0,
-        "passive_decay": phase.passive_decay,
     }
     if phase.adam:
+        choice["passive_decay"] = phase.passive_decay
         return optax.chain(mask_by_importance(ratio, **choice), optax.adam(rate))
-    return gsm_sgd(
-        rate,
-        ratio,
-        momentum=phase.momentum,
-        weight_decay=phase.weight_decay,
-        nesterov=phase.nesterov,
-        **choice,
-    )
+    return gsm_sgd(rate, ratio, **decay(phase), **choice, units=units)
+
+
+def decay(phase: Phase) -> dict[str, Any]:
+    """The settings of a phase that decide how fast what is passive decays."""
+    names = ("momentum", "weight_decay", "passive_decay", "nesterov")
+    return {name: getattr(phase, name) for name in names}
+
+
+def decay_budget(phase: Phase, steps_per_epoch: int) -> float:
+    """The decay budget of a phase of GSM."""
+    rate, steps = schedule(phase, steps_per_epoch), phase.epochs * steps_per_epoch
+    return float(decay_budget_left(rate, steps, **decay(phase))(0))
 
 
 def frozen(phase: Phase, steps_per_epoch: int, mask: Any):
@@ -103,11 +109,9 @@ def prune_gradually(ratio: optax.Schedule, every: int = 100):
             lambda: magnitude_mask(params, jnp.asarray(ratio(state.step))),
             lambda: state.mask,
         )
-        freeze = freeze_pruned(mask)
-        updates, _ = freeze.update(updates, freeze.init(params), params)
-        # The update of an entry that has just been pruned takes it to zero.
-        down = jax.tree.map(jnp.subtract, apply_mask(params, mask), params)
-        updates = jax.tree.map(jnp.add, updates, down)
+        # The update of what has just been pruned takes it to zero, and it stays there.
+        prune = lambda keep, update, param: jnp.where(keep, update, -param)
+        updates = jax.tree.map(prune, mask, updates, params)
         return updates, PruneGraduallyState(state.step + 1, mask)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

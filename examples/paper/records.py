@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.paper.recipes import RECIPES, Recipe, settings
+from examples.paper.recipes import Recipe, settings
 
 Record = dict[str, Any]
 
@@ -17,10 +17,9 @@ CHOICES = ("magnitude, initial", "magnitude, early", "GSM, initial", "GSM, early
 TICKETS = ("dense", *CHOICES)
 
 
-def path_of(folder: Path, name: str, seed: int, validate: bool, bfloat16: bool) -> Path:
+def path_of(folder: Path, name: str, seed: int | str, validate: bool = False) -> Path:
     """Where the record of a run is kept."""
-    kind = "-validation" * validate + "-bfloat16" * bfloat16
-    return folder / f"{name}{kind}-seed{seed}.json"
+    return folder / f"{name}{'-validation' * validate}-seed{seed}.json"
 
 
 def columns(recipe: Recipe) -> tuple[str, ...]:
@@ -31,22 +30,17 @@ def columns(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name in PRUNED if not left_out.get(name))
 
 
-def belongs(record: Record, recipe: Recipe) -> bool:
-    """Whether a record was made with the settings that the recipe has now."""
-    then, now = record["recipe"], settings(recipe)
+def load(path: Path, recipe: Recipe) -> Record:
+    """The record of an earlier run with the same settings; empty if there is none."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    then, now = record.get("recipe", {}), settings(recipe)
     decisive = (then.keys() | now.keys()) - {"name", "title", "paper"}
-    return all(then.get(name) == now.get(name) for name in decisive)
+    return record if all(then.get(key) == now.get(key) for key in decisive) else {}
 
 
 def complete(record: Record, recipe: Recipe) -> bool:
     """Whether a run of the recipe has nothing left to do."""
-    return belongs(record, recipe) and set(columns(recipe)) <= set(record["accuracy"])
-
-
-def load(path: Path, recipe: Recipe) -> Record:
-    """The record of an earlier run with the same settings; empty if there is none."""
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record if record and belongs(record, recipe) else {}
+    return set(columns(recipe)) <= record.get("accuracy", {}).keys()
 
 
 def write(path: Path, record: Record) -> None:
@@ -57,13 +51,8 @@ def write(path: Path, record: Record) -> None:
     part.replace(path)
 
 
-def read(folder: Path, validate=False, bfloat16=False) -> dict[str, list[Record]]:
-    """All complete records in a folder, by recipe: those of tests, or of validation."""
-    found: dict[str, list[Record]] = {}
-    for path in sorted(Path(folder).glob("*-seed*.json")):
-        record = json.loads(path.read_text())
-        recipe = RECIPES.get(record["recipe"]["name"])
-        kind = (record["validate"], record["bfloat16"])
-        if recipe and kind == (validate, bfloat16) and complete(record, recipe):
-            found.setdefault(recipe.name, []).append(record)
-    return found
+def read(folder: Path, recipe: Recipe, validate: bool = False) -> list[Record]:
+    """The complete records of a recipe, one a seed."""
+    paths = folder.glob(path_of(folder, recipe.name, "*", validate).name)
+    found = [load(path, recipe) for path in sorted(paths)]
+    return [record for record in found if complete(record, recipe)]

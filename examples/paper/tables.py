@@ -8,26 +8,23 @@ import numpy as np
 from examples.paper.recipes import RECIPES, Recipe
 from examples.paper.records import PRUNED, TICKETS, Record, read
 
+HEAD = ("network, data", "compression", "epochs", "seeds")
 STUDIED = ("gradual", "GSM", "GSM pruned", "GSM tuned")
 
 
-def results_table(folder: Path) -> str:
+def results_table(results: Path) -> str:
     """All tables, of pruned networks, tickets and studies, and where they were made."""
-    tested, validated = read(folder), read(folder, validate=True)
-    rounded = read(folder, bfloat16=True)
-    recipes = [r for r in RECIPES.values() if not r.name.startswith("study-")]
-    studies = [r for r in RECIPES.values() if r.name.startswith("study-")]
+    studied = lambda recipe: recipe.name.startswith("study-")
+    studies = [r for r in RECIPES.values() if studied(r)]
+    recipes = [r for r in RECIPES.values() if not studied(r)]
+    tested = {r.name: read(results, r) for r in RECIPES.values()}
+    validated = {r.name: read(results, r, validate=True) for r in RECIPES.values()}
+    found = [*tested.values(), *validated.values()]
 
     def table(columns, recipes):
-        rows = [row(r, tested.get(r.name, []), columns) for r in recipes]
-        for recipe in (r for r in recipes if r.name in rounded):
-            title, *cells = row(recipe, rounded[recipe.name], columns)
-            rows.append([f"{title}, bfloat16", *cells])
-        head = ["network, data", "compression", "epochs", "seeds", *columns, "paper"]
-        return markdown(head, rows)
+        rows = [row(recipe, tested[recipe.name], columns) for recipe in recipes]
+        return markdown([*HEAD, *columns, "paper"], rows)
 
-    found = (tested, rounded, validated)
-    records = [r for by_name in found for some in by_name.values() for r in some]
     parts = [
         "Test accuracy in %, mean ± standard deviation of the seeds; of ImageNet both "
         "top-1 and top-5.",
@@ -38,9 +35,9 @@ def results_table(folder: Path) -> str:
         "set, which is not trained on.",
         markdown(
             ["study", "decay budget", "seeds", *STUDIED],
-            [study_row(recipe, validated.get(recipe.name, [])) for recipe in studies],
+            [study_row(recipe, validated[recipe.name]) for recipe in studies],
         ),
-        *sorted({machine(record) for record in records}),
+        *sorted({machine(record) for records in found for record in records}),
     ]
     return "\n\n".join(parts)
 
@@ -54,11 +51,8 @@ def study_row(recipe: Recipe, records: Sequence[Record]) -> list[str]:
 
 def row(recipe: Recipe, records: Sequence[Record], columns: Sequence[str]):
     """Cells of a recipe; those of columns that have not been run are dashes."""
-    accuracies = [record["accuracy"] for record in records]
-
-    def cell(name):
-        return spread([scores[name] for scores in accuracies if name in scores])
-
+    scores = [record["accuracy"] for record in records]
+    cell = lambda name: spread([score[name] for score in scores if name in score])
     cells = [cell(name) for name in columns]
     if recipe.data == "imagenet" and records:
         cells = [f"{cell(name)} / {cell(f'{name}, top 5')}" for name in columns]
@@ -90,23 +84,20 @@ def machine(record: Record) -> str:
 
 def recipes_table() -> str:
     """Names of all recipes and what they are."""
-    lines = []
+    rows = []
     for recipe in RECIPES.values():
         title = recipe.title + (", tickets" if recipe.tickets else "")
         size = f"{recipe.compression:g}x"
-        lines.append([f"`{recipe.name}`", title, size, epochs(recipe)])
-    return markdown(["recipe", "network, data", "compression", "epochs"], lines, 2)
+        rows.append([f"`{recipe.name}`", title, size, epochs(recipe)])
+    return markdown(["recipe", "network, data", "compression", "epochs"], rows, 2)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words=1) -> str:
     """A table, aligned in plain text too; its first columns hold words."""
     ruler = ["---"] * words + ["---:"] * (len(head) - words)
-    widths = [max(map(len, column)) for column in zip(head, ruler, *rows, strict=True)]
-    lines = [
-        " | ".join(
-            cell.ljust(width) if i < words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, ruler, *rows)
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
+    cells = np.array([head, ruler, *rows])
+    width = np.strings.str_len(cells).max(0)
+    left = np.strings.ljust(cells[:, :words], width[:words])
+    right = np.strings.rjust(cells[:, words:], width[words:])
+    lines = np.hstack([left, right]).tolist()
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,7 +7,8 @@ was cut off goes on from its checkpoint, bit for bit.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from gsm_optax import sparsity_report
 
 SAVE_EVERY = 60.0  # seconds
 
+Network = tuple[Any, Any]  # parameters and batch statistics
+
 
 class State(NamedTuple):
     """Everything that training changes."""
@@ -37,6 +40,67 @@ class State(NamedTuple):
     opt_state: Any
 
 
+@dataclass
+class Trainer:
+    """Trains and tests the parameters of one network on one data set, from a seed.
+
+    A network is a pair: its parameters, and its statistics of batch normalisation.
+    """
+
+    graph: Any  # of `nnx.split`: the rest of the network
+    data: Data
+    batch: int
+    seed: int
+
+    @property
+    def epoch(self) -> int:
+        """Steps of an epoch; the images that fill no batch wait for the next."""
+        return len(self.data.train) // self.batch
+
+    def train(
+        self, network: Network, tx, steps: int, label: str, folder: Path
+    ) -> Network:
+        """Take the steps of a phase, from its last checkpoint if there is one.
+
+        Every phase has a folder for its checkpoints; the state after the last step has
+        been saved there. Raises a `FloatingPointError` if the loss is not finite.
+        """
+        take = partial(step, self.graph, self.data, self.seed, tx)
+        take = jax.jit(take, donate_argnums=0)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+            state = start(*network, tx, self.batch)
+            if (last := checkpoints.latest_step()) is not None:
+                target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+                target = ocp.args.StandardRestore(target)
+                state = State(*checkpoints.restore(last, args=target))
+            first, saved = int(state.step), time.monotonic()
+            feed = batches(self.data.train, self.batch, self.seed, first, steps)
+            bar = tqdm(feed, label, steps, leave=False, initial=first, disable=None)
+            for done, (images, labels) in enumerate(bar, first + 1):
+                # The host has read ahead; but several steps at once would starve each
+                # other of threads where many CPU devices share few cores.
+                jax.block_until_ready(state)
+                state, loss = take(state, images, labels)
+                if done == steps or time.monotonic() - saved > SAVE_EVERY:
+                    bar.set_postfix_str(status := describe(done, loss, state.params))
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    checkpoints.wait_until_finished()  # the next step overwrites it
+                    saved = time.monotonic()
+        if bar.disable and first < steps:  # no terminal: one line a phase
+            print(f"{label}: {steps} steps, {status}", file=sys.stderr, flush=True)
+        return state.params, state.stats
+
+    def accuracy(self, network: Network, batch: int = 1000) -> list[float]:
+        """Return top-1 and top-5 accuracy on the test set, in percent."""
+        hits, test = np.zeros(2, int), self.data.test
+        for begin in range(0, len(test), batch):
+            images, labels = test.read(np.arange(begin, min(begin + batch, len(test))))
+            images = normalise(jnp.asarray(images), self.data.mean, self.data.std)
+            hits += np.array(count_hits(self.graph, *network, images, labels))
+        return (100 * hits / len(test)).tolist()
+
+
 def mesh_of(batch: int) -> jax.sharding.Mesh:
     """All devices, or as many of them as divide the batch."""
     devices = jax.devices()
@@ -45,55 +109,25 @@ def mesh_of(batch: int) -> jax.sharding.Mesh:
     return jax.make_mesh((count,), ("data",), auto, devices=devices[:count])
 
 
-def start(params: Any, stats: Any, tx, mesh: jax.sharding.Mesh) -> State:
+def start(params: Any, stats: Any, tx, batch: int) -> State:
     """The state before the first step, on all devices."""
     state = State(jnp.int32(0), params, stats, tx.init(params))
     # A copy: training donates it, and the weights may be the start of other phases too.
-    return jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, P()))
+    return jax.device_put(
+        jax.tree.map(jnp.copy, state), NamedSharding(mesh_of(batch), P())
+    )
 
 
 def batches(
-    images: Any, batch: int, seed: int, mesh: jax.sharding.Mesh, step: int, last: int
+    images: Any, batch: int, seed: int, first: int, last: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yield images and labels of the steps from `step` on, split over the devices."""
-    steps, split = len(images) // batch, NamedSharding(mesh, P("data"))
-    for epoch in range(step // steps, -(-last // steps)):
+    """Yield images and labels of the steps after `first`, split over the devices."""
+    steps, split = len(images) // batch, NamedSharding(mesh_of(batch), P("data"))
+    for epoch in range(first // steps, -(-last // steps)):
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
-        for i in range(max(step, epoch * steps), min(last, (epoch + 1) * steps)):
+        for i in range(max(first, epoch * steps), min(last, (epoch + 1) * steps)):
             rows = order[i % steps * batch :][:batch]
             yield jax.device_put(images.read(rows, (seed << 32) + i), split)
-
-
-def train(
-    step: Callable, state: State, feed: Callable, last: int, folder: Path, label: str
-) -> State:
-    """Run one phase, from its last checkpoint if there is one.
-
-    `step(state, images, labels)` returns state and loss, `feed(first, last)` yields the
-    images and labels of these steps. `state` is used up. Every phase has a folder for
-    its checkpoints. Returns the state after step `last`, which has been saved; raises a
-    `FloatingPointError` if the loss is not finite.
-    """
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
-        state = restore(checkpoints, state)
-        first, saved = int(state.step), time.monotonic()
-        take = jax.jit(step, donate_argnums=0)
-        bar = tqdm(total=last, initial=first, desc=label, leave=False, disable=None)
-        for done, (images, labels) in enumerate(feed(first, last), first + 1):
-            # The host has read ahead; but several steps at once would starve each
-            # other of threads where many CPU devices share few cores.
-            jax.block_until_ready(state)
-            state, loss = take(state, images, labels)
-            bar.update()
-            if done == last or time.monotonic() - saved > SAVE_EVERY:
-                bar.set_postfix_str(status := describe(done, loss, state.params))
-                save(checkpoints, state)
-                saved = time.monotonic()
-        bar.close()
-        if bar.disable and first < last:  # no terminal: one line a phase
-            print(f"{label}: {last} steps, {status}", file=sys.stderr, flush=True)
-    return state
 
 
 def describe(step: int, loss: jax.Array, params: Any) -> str:
@@ -102,21 +136,6 @@ def describe(step: int, loss: jax.Array, params: Any) -> str:
         raise FloatingPointError(f"the loss is {loss} after {step} steps.")
     near_zero = sparsity_report(params).prunable.below(1e-4)
     return f"loss {loss:.4f}, near zero {near_zero:.2%}"
-
-
-def restore(checkpoints: ocp.CheckpointManager, state: State) -> State:
-    """Return the last checkpoint, or `state` if there is none."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return state
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return State(*checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
-
-
-def save(checkpoints: ocp.CheckpointManager, state: State) -> None:
-    """Save the state and wait until it is on disk: the next step overwrites it."""
-    checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
-    checkpoints.wait_until_finished()
 
 
 def step(graph: Any, data: Data, seed: int, tx, state: State, images, labels):
@@ -157,16 +176,6 @@ def shift_and_mirror(images: jax.Array, key: jax.Array) -> jax.Array:
     shifted = jax.vmap(crop)(padded, corners)
     mirrored = jax.random.bernoulli(mirror_key, shape=(len(images), 1, 1, 1))
     return jnp.where(mirrored, shifted[:, :, ::-1], shifted)
-
-
-def evaluate(graph: Any, data: Data, params: Any, stats: Any, batch=1000):
-    """Return top-1 and top-5 accuracy on the test set, in percent."""
-    hits, test = np.zeros(2, int), data.test
-    for begin in range(0, len(test), batch):
-        images, labels = test.read(np.arange(begin, min(begin + batch, len(test))))
-        images = normalise(jnp.asarray(images), data.mean, data.std)
-        hits += np.array(count_hits(graph, params, stats, images, labels))
-    return (100 * hits / len(test)).tolist()
 
 
 @partial(jax.jit, static_argnames="graph")
