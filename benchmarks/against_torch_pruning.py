@@ -1,0 +1,279 @@
+"""What Torch-Pruning makes of the networks of `examples.shrink`, to compare GSM with.
+
+    pip install torch torch-pruning scikit-learn    # JAX is not needed
+    python benchmarks/against_torch_pruning.py --seeds 3     # ResNet-8, digits
+    python benchmarks/against_torch_pruning.py --network lenet5 --validate
+
+Networks, initialisation, data, batches and dense training are those of
+`examples.shrink`, in PyTorch. Then the pruner and importance of Torch-Pruning's README
+(arXiv:2301.12900) remove channels in small steps until a share of the FLOPs is left:
+at once, or before each of the first 60 % of the epochs of fine-tuning; ranked layer by
+layer, or globally. Fine-tuning has as many epochs as GSM, and the step size of the
+baseline in `examples.shrink`. Prints a table, writes JSON.
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parent.parent))
+from examples.paper.data import load
+
+try:
+    import torch
+    import torch_pruning as tp
+    from torch import nn
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error.name} is not installed: pip install torch torch-pruning"
+    ) from None
+
+RAMP = 0.6  # of the epochs of fine-tuning; GSM's ratio rises as long
+STEPS = 400  # of the pruner from all channels to none
+SCHEMES = {  # (iteratively, globally)
+    "at once, by layer": (False, False),
+    "at once, globally": (False, True),
+    "iteratively, by layer": (True, False),
+    "iteratively, globally": (True, True),
+}
+
+
+def lenet5() -> nn.Sequential:
+    """Build LeNet-5."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)),
+    )
+
+
+def conv_norm(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    """Build a convolution without bias, then batch normalisation."""
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with a shortcut, projected where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        """Build the layers."""
+        super().__init__()
+        first = conv_norm(inputs, outputs, 3, stride)
+        self.layers = nn.Sequential(first, nn.ReLU(), conv_norm(outputs, outputs, 3))
+        same = inputs == outputs
+        self.shortcut = nn.Identity() if same else conv_norm(inputs, outputs, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [batch, inputs, ...] to [batch, outputs, ...]."""
+        return torch.relu(self.layers(x) + self.shortcut(x))
+
+
+def resnet8() -> nn.Sequential:
+    """Build ResNet-8 for grey images."""
+    blocks = (Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(conv_norm(1, 16, 3), nn.ReLU(), *blocks, *head)
+
+
+class Settings(NamedTuple):
+    """Those of `examples.shrink`, and the share of the FLOPs that GSM leaves."""
+
+    data: str
+    keep: float
+    dense: int  # epochs
+    tuning: int  # epochs
+    batch: int
+    rate: float  # of learning; half of it for fine-tuning
+
+
+NETWORKS = {
+    "resnet8": (resnet8, Settings("digits", 0.52, 40, 60, batch=64, rate=0.1)),
+    "lenet5": (lenet5, Settings("fashion_mnist", 0.46, 8, 10, batch=128, rate=0.05)),
+}
+
+
+def create(name: str, seed: int) -> nn.Sequential:
+    """Initialise a network as `examples.paper.models` does."""
+    torch.manual_seed(seed)
+    model = NETWORKS[name][0]()
+    for layer in filter(
+        lambda x: isinstance(x, nn.Conv2d | nn.Linear), model.modules()
+    ):
+        fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+        std = math.sqrt(1 / fan_in if layer.bias is not None else 2 / fan_out)
+        std /= 0.87962566  # what is left of it when normal numbers are cut off at 2
+        nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def tensors(arrays, mean: float, std: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return normalised images [n, 1, height, width], and labels [n]."""
+    images = (arrays.images.astype(np.float32) / 255 - np.float32(mean)) / np.float32(
+        std
+    )
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(arrays.labels).long()
+
+
+def train(model, data, epochs, rate, batch, seed, prune=lambda epoch: False) -> None:
+    """Train by momentum SGD along a cosine, with decay of the kernels.
+
+    `prune(epoch)` may make the network smaller before an epoch, and says whether.
+    """
+    (images, labels), step = data, 0
+    steps = epochs * (len(labels) // batch)
+    for epoch in range(epochs):
+        if prune(epoch) or epoch == 0:  # the pruner makes new parameters
+            parts = [
+                [x for x in model.parameters() if (x.ndim > 1) == k] for k in (0, 1)
+            ]
+            groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 5e-4}]
+            optimizer = torch.optim.SGD(groups, momentum=0.9)
+        model.train()
+        order = np.random.default_rng((seed, epoch)).permutation(len(labels))
+        for rows in order[: len(order) // batch * batch].reshape(-1, batch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            step += 1
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data) -> float:
+    """Percentage of the images whose greatest logit is the label's."""
+    model.eval()
+    batches = zip(*(x.split(1000) for x in data), strict=True)
+    hits = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches)
+    return 100 * hits / len(data[1])
+
+
+def measure(model: nn.Module, data) -> dict[str, float]:
+    """Accuracy in %, multiply-adds of an image, and parameters."""
+    flops, parameters = tp.utils.count_ops_and_params(model, data[0][:1])
+    row = {"accuracy": accuracy(model, data)}
+    return row | {"flops": int(flops), "parameters": int(parameters)}
+
+
+def pruner_of(model: nn.Sequential, image: torch.Tensor, globally: bool):
+    """Return a function that prunes until a share of the FLOPs is left."""
+    pruner = tp.pruner.BasePruner(
+        model.eval(),
+        image,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=globally,
+        pruning_ratio=1.0,
+        iterative_steps=STEPS,
+        ignored_layers=[model[-1]],
+    )
+    flops = lambda: tp.utils.count_ops_and_params(model, image)[0]
+    whole = flops()
+
+    def prune(share: float) -> None:
+        while flops() > share * whole:
+            if pruner.current_step == STEPS:
+                raise SystemExit(f"error: {share:.2f} of the FLOPs is too few to keep")
+            pruner.step()
+
+    return prune
+
+
+def compress(dense, train_set, test_set, settings, seed, iteratively, globally):
+    """Prune a copy of the dense network and fine-tune it; return what came of it."""
+    model, pruned = copy.deepcopy(dense), {}
+    prune_to = pruner_of(model, train_set[0][:1], globally)
+    last = max(1, round(RAMP * settings.tuning)) if iteratively else 1
+
+    def prune(epoch: int) -> bool:
+        if epoch < last:
+            prune_to(1 - (1 - settings.keep) * (epoch + 1) / last)
+            pruned["pruned"] = accuracy(model, test_set)
+        return epoch < last
+
+    rest = (settings.rate / 2, settings.batch, seed + 1000, prune)
+    train(model, train_set, settings.tuning, *rest)
+    kernels = [x for x in model.parameters() if x.ndim > 1]
+    return measure(model, test_set) | pruned | {"widths": [len(x) for x in kernels]}
+
+
+def run(name: str, train_set, test_set, settings: Settings, seed: int):
+    """Train one network densely, prune it by all schemes; return their rows."""
+    model = create(name, seed)
+    train(model, train_set, settings.dense, settings.rate, settings.batch, seed)
+    rows = {"dense": measure(model, test_set)}
+    print(f"{name}, seed {seed}: dense: {rows['dense']['accuracy']:.2f} %", flush=True)
+    for key, scheme in SCHEMES.items():
+        rows[key] = compress(model, train_set, test_set, settings, seed, *scheme)
+        print(f"{name}, seed {seed}: {key}: {rows[key]['accuracy']:.2f} %", flush=True)
+    return rows
+
+
+def show(runs) -> None:
+    """Print means and standard deviations over the seeds; costs in % of the dense."""
+    whole = runs[0]["dense"]
+    print(f"\ndense: {whole['parameters']:,} parameters, {whole['flops']:,} FLOPs")
+    head = {"pruned": 1, "accuracy": 1}
+    head |= {key: whole[key] / 100 for key in ("parameters", "flops")}
+    print(f"{'':24}" + "".join(f"{word:>16}" for word in head))
+    for key in runs[0]:
+        print(f"{key:24}", end="")
+        for word, unit in head.items():
+            values = [run[key][word] / unit for run in runs if word in run[key]]
+            cell = f"{statistics.mean(values):.2f}" if values else ""
+            cell += f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            print(f"{cell:>16}", end="")
+        print()
+
+
+def parse_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--network", choices=NETWORKS, default="resnet8")
+    add("--data-folder", help="where idx files lie, if not in the usual places")
+    add("--seeds", type=int, default=1, help="number of independent runs")
+    add("--validate", action="store_true", help="test on a sixth of the training set")
+    add("--epochs", type=int, help="of fine-tuning; by default those of GSM")
+    add("--dense-epochs", type=int, help="of dense training")
+    add("--keep", type=float, help="share of the FLOPs; by default that of GSM")
+    add("--output", type=Path, default=Path("results"), help="folder for the record")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """Run all seeds, print the table, write the record."""
+    args = parse_args(argv)
+    given = {"keep": args.keep, "dense": args.dense_epochs, "tuning": args.epochs}
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = NETWORKS[args.network][1]._replace(**given)
+    try:
+        data = load(settings.data, args.data_folder, args.validate)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from None
+    sets = [tensors(x, data.mean[0], data.std[0]) for x in (data.train, data.test)]
+    runs = [run(args.network, *sets, settings, seed) for seed in range(args.seeds)]
+    show(runs)
+    versions = {x: metadata.version(x) for x in ("torch", "torch-pruning", "numpy")}
+    record = {"environment": versions | {"python": platform.python_version()}}
+    record |= settings._asdict() | {"validate": args.validate, "seeds": runs}
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"torch_pruning-{args.network}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
