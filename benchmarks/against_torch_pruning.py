@@ -16,10 +16,10 @@ import argparse
 import copy
 import json
 import math
-import platform
 import statistics
 import sys
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,12 +39,7 @@ except ImportError as error:
 
 RAMP = 0.6  # of the epochs of fine-tuning; GSM's ratio rises as long
 STEPS = 400  # of the pruner from all channels to none
-SCHEMES = {  # (iteratively, globally)
-    "at once, by layer": (False, False),
-    "at once, globally": (False, True),
-    "iteratively, by layer": (True, False),
-    "iteratively, globally": (True, True),
-}
+SCHEMES = tuple(product(("at once", "iteratively"), ("by layer", "globally")))
 
 
 def lenet5() -> nn.Sequential:
@@ -106,41 +101,33 @@ def create(name: str, seed: int) -> nn.Sequential:
     """Initialise a network as `examples.paper.models` does."""
     torch.manual_seed(seed)
     model = NETWORKS[name][0]()
-    for layer in filter(
-        lambda x: isinstance(x, nn.Conv2d | nn.Linear), model.modules()
-    ):
-        fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
-        std = math.sqrt(1 / fan_in if layer.bias is not None else 2 / fan_out)
-        std /= 0.87962566  # what is left of it when normal numbers are cut off at 2
-        nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for key, x in model.named_parameters():
+        if x.ndim > 1:
+            normed = name == "resnet8" and x.ndim == 4
+            variance = 2 / x[:, 0].numel() if normed else 1 / x[0].numel()
+            std = (
+                math.sqrt(variance) / 0.87962566
+            )  # that of numbers cut off at 2 is less
+            nn.init.trunc_normal_(x, 0, std, -2 * std, 2 * std)
+        elif key.endswith("bias"):
+            nn.init.zeros_(x)
     return model
 
 
 def tensors(arrays, mean: float, std: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return normalised images [n, 1, height, width], and labels [n]."""
-    images = (arrays.images.astype(np.float32) / 255 - np.float32(mean)) / np.float32(
-        std
-    )
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return images, torch.from_numpy(arrays.labels).long()
+    images = torch.from_numpy((np.float32(arrays.images) / 255 - mean) / std)
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(arrays.labels).long()
 
 
 def train(model, data, epochs, rate, batch, seed, prune=lambda epoch: False) -> None:
-    """Train by momentum SGD along a cosine, with decay of the kernels.
-
-    `prune(epoch)` may make the network smaller before an epoch, and says whether.
-    """
+    """Train; `prune(epoch)` may change the network first, and says whether it has."""
     (images, labels), step = data, 0
     steps = epochs * (len(labels) // batch)
     for epoch in range(epochs):
         if prune(epoch) or epoch == 0:  # the pruner makes new parameters
-            parts = [
-                [x for x in model.parameters() if (x.ndim > 1) == k] for k in (0, 1)
-            ]
-            groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 5e-4}]
-            optimizer = torch.optim.SGD(groups, momentum=0.9)
+            decay = lambda x: {"params": x, "weight_decay": 5e-4 * (x.ndim > 1)}
+            optimizer = torch.optim.SGD(map(decay, model.parameters()), momentum=0.9)
         model.train()
         order = np.random.default_rng((seed, epoch)).permutation(len(labels))
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):
@@ -164,44 +151,33 @@ def accuracy(model: nn.Module, data) -> float:
 def measure(model: nn.Module, data) -> dict[str, float]:
     """Accuracy in %, multiply-adds of an image, and parameters."""
     flops, parameters = tp.utils.count_ops_and_params(model, data[0][:1])
-    row = {"accuracy": accuracy(model, data)}
-    return row | {"flops": int(flops), "parameters": int(parameters)}
+    return dict(accuracy=accuracy(model, data), flops=flops, parameters=parameters)
 
 
-def pruner_of(model: nn.Sequential, image: torch.Tensor, globally: bool):
-    """Return a function that prunes until a share of the FLOPs is left."""
+def compress(dense, train_set, test_set, settings, seed, when, scope):
+    """Prune a copy of the dense network and fine-tune it; return what came of it."""
+    model, image, pruned = copy.deepcopy(dense).eval(), train_set[0][:1], {}
     pruner = tp.pruner.BasePruner(
-        model.eval(),
+        model,
         image,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=globally,
+        global_pruning=scope == "globally",
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         ignored_layers=[model[-1]],
     )
     flops = lambda: tp.utils.count_ops_and_params(model, image)[0]
-    whole = flops()
-
-    def prune(share: float) -> None:
-        while flops() > share * whole:
-            if pruner.current_step == STEPS:
-                raise SystemExit(f"error: {share:.2f} of the FLOPs is too few to keep")
-            pruner.step()
-
-    return prune
-
-
-def compress(dense, train_set, test_set, settings, seed, iteratively, globally):
-    """Prune a copy of the dense network and fine-tune it; return what came of it."""
-    model, pruned = copy.deepcopy(dense), {}
-    prune_to = pruner_of(model, train_set[0][:1], globally)
-    last = max(1, round(RAMP * settings.tuning)) if iteratively else 1
+    whole, last = flops(), 1 if when == "at once" else round(RAMP * settings.tuning)
 
     def prune(epoch: int) -> bool:
-        if epoch < last:
-            prune_to(1 - (1 - settings.keep) * (epoch + 1) / last)
-            pruned["pruned"] = accuracy(model, test_set)
-        return epoch < last
+        if epoch >= last:
+            return False
+        while flops() > whole * (1 - (1 - settings.keep) * (epoch + 1) / last):
+            if pruner.current_step == STEPS:
+                raise SystemExit(f"error: --keep {settings.keep} is out of reach")
+            pruner.step()
+        pruned["pruned"] = accuracy(model, test_set)
+        return True
 
     rest = (settings.rate / 2, settings.batch, seed + 1000, prune)
     train(model, train_set, settings.tuning, *rest)
@@ -214,28 +190,30 @@ def run(name: str, train_set, test_set, settings: Settings, seed: int):
     model = create(name, seed)
     train(model, train_set, settings.dense, settings.rate, settings.batch, seed)
     rows = {"dense": measure(model, test_set)}
-    print(f"{name}, seed {seed}: dense: {rows['dense']['accuracy']:.2f} %", flush=True)
-    for key, scheme in SCHEMES.items():
+    say = lambda key: print(f"{name}, seed {seed}, {key}: {rows[key]}", flush=True)
+    say("dense")
+    for scheme in SCHEMES:
+        key = ", ".join(scheme)
         rows[key] = compress(model, train_set, test_set, settings, seed, *scheme)
-        print(f"{name}, seed {seed}: {key}: {rows[key]['accuracy']:.2f} %", flush=True)
+        say(key)
     return rows
 
 
 def show(runs) -> None:
     """Print means and standard deviations over the seeds; costs in % of the dense."""
     whole = runs[0]["dense"]
-    print(f"\ndense: {whole['parameters']:,} parameters, {whole['flops']:,} FLOPs")
-    head = {"pruned": 1, "accuracy": 1}
-    head |= {key: whole[key] / 100 for key in ("parameters", "flops")}
+    print(f"\ndense: {whole['parameters']:,} parameters, {whole['flops']:,.0f} FLOPs")
+    head = ("pruned", "accuracy", "parameters", "flops")
     print(f"{'':24}" + "".join(f"{word:>16}" for word in head))
     for key in runs[0]:
-        print(f"{key:24}", end="")
-        for word, unit in head.items():
-            values = [run[key][word] / unit for run in runs if word in run[key]]
-            cell = f"{statistics.mean(values):.2f}" if values else ""
-            cell += f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            print(f"{cell:>16}", end="")
-        print()
+        cells = ""
+        for word in head:
+            unit = whole[word] / 100 if word in head[2:] else 1
+            values = [row[key][word] / unit for row in runs if word in row[key]]
+            spread = f" ± {statistics.stdev(values):.2f}" if values[1:] else ""
+            cell = f"{statistics.mean(values):.2f}{spread}" if values else ""
+            cells += f"{cell:>16}"
+        print(f"{key:24}{cells}")
 
 
 def parse_args(argv=None):
@@ -266,8 +244,7 @@ def main(argv=None) -> None:
     sets = [tensors(x, data.mean[0], data.std[0]) for x in (data.train, data.test)]
     runs = [run(args.network, *sets, settings, seed) for seed in range(args.seeds)]
     show(runs)
-    versions = {x: metadata.version(x) for x in ("torch", "torch-pruning", "numpy")}
-    record = {"environment": versions | {"python": platform.python_version()}}
+    record = {x: metadata.version(x) for x in ("torch", "torch-pruning", "numpy")}
     record |= settings._asdict() | {"validate": args.validate, "seeds": runs}
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"torch_pruning-{args.network}.json"
