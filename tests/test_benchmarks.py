@@ -76,5 +76,5 @@ def test_deployment(tmp_path):
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    with pytest.raises(SystemExit, match="torch is not .*: pip install torch torch-pr"):
+    with pytest.raises(SystemExit, match="pip install torch torch-pruning"):
         runpy.run_path(ROOT / "benchmarks/against_torch_pruning.py")
