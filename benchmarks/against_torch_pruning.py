@@ -228,7 +228,10 @@ def parse_args(argv=None):
     add("--dense-epochs", type=int, help="of dense training")
     add("--keep", type=float, help="share of the FLOPs; by default that of GSM")
     add("--output", type=Path, default=Path("results"), help="folder for the record")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.keep is not None and not 0 < args.keep < 1:
+        parser.error(f"--keep {args.keep} is no share of the FLOPs between 0 and 1")
+    return args
 
 
 def main(argv=None) -> None:
