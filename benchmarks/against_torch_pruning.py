@@ -237,6 +237,8 @@ def parse_args(argv=None):
 def main(argv=None) -> None:
     """Run all seeds, print the table, write the record."""
     args = parse_args(argv)
+    # With oneDNN torch 2.13 corrupts the heap where layers have but few channels.
+    torch.backends.mkldnn.enabled = False
     given = {"keep": args.keep, "dense": args.dense_epochs, "tuning": args.epochs}
     given = {key: value for key, value in given.items() if value is not None}
     settings = NETWORKS[args.network][1]._replace(**given)
