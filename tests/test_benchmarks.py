@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,9 @@ def test_deployment(tmp_path):
     assert ("60x, ONNX Runtime, shrunk" in forms) == onnx
     assert ("int8" in record) == ("qwix" not in missing)
     assert all(f"pip install {name}" in printed for name in missing)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install torch torch-pruning"):
+        runpy.run_path(ROOT / "benchmarks/against_torch_pruning.py")
