@@ -66,13 +66,10 @@ ROWS = {
 SELECTING = [name for name in ROWS if name != "freeze_pruned"]
 
 
-# The others are compiled as users compile, but where a test says otherwise.
-QUICK = ("freeze_pruned", "units")
-
-
 def marked(names):
-    quick = lambda name: [pytest.mark.optimize(False)] if name in QUICK else []
-    return [pytest.param(name, marks=quick(name)) for name in names]
+    """The last row is compiled as users compile, but where a test says otherwise."""
+    whether = lambda name: pytest.mark.optimize(name == "everything on")
+    return [pytest.param(name, marks=whether(name)) for name in names]
 
 
 @pytest.fixture(params=marked(ROWS))

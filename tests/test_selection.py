@@ -10,6 +10,8 @@ from oracle import active, budget
 
 from gsm_optax import mask_by_importance
 
+pytestmark = pytest.mark.optimize(False)
+
 SHAPES = [(7,), (3, 5), (2, 3, 4), (2, 2, 3, 3), (0, 4)]
 MORE = (65, 64)  # with this one there are more than SMALL entries: a sample is taken
 

@@ -133,6 +133,7 @@ def test_sizes_that_no_axis_divides_may_be_split():
         assert_same(jax.jit(update)(put(grads), put(params)), expected)
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_pruning_equals_one_device_and_keeps_its_sharding(mode):
     alone = jax.tree.map(jnp.asarray, few(draw(0)))
@@ -145,6 +146,7 @@ def test_pruning_equals_one_device_and_keeps_its_sharding(mode):
         assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
 
 
+@pytest.mark.optimize(False)
 def test_report_on_an_explicit_mesh_counts_copies_once():
     alone = jax.tree.map(jnp.asarray, few(draw(0)))
     with mesh_of("explicit") as mesh:
@@ -261,6 +263,7 @@ def mixed(request):
     return request.param, found
 
 
+@pytest.mark.optimize(False)
 def test_devices_exchange_scalars_only(mixed):
     """On an Auto mesh one all-reduce for each way in which leaves are split."""
     mode, found = mixed
@@ -268,6 +271,7 @@ def test_devices_exchange_scalars_only(mixed):
     assert max(c.size for c in found) <= KILOBYTE
 
 
+@pytest.mark.optimize(False)
 def test_devices_exchange_as_many_bytes_for_larger_leaves(mixed):
     mode, found = mixed
     with mesh_of(mode) as mesh:
@@ -275,6 +279,7 @@ def test_devices_exchange_as_many_bytes_for_larger_leaves(mixed):
     assert sorted(c[::2] for c in collectives(step)) == sorted(c[::2] for c in found)
 
 
+@pytest.mark.optimize(False)
 def test_devices_exchange_as_often_for_more_leaves(mixed):
     mode, found = mixed
     with mesh_of(mode) as mesh:
@@ -282,6 +287,7 @@ def test_devices_exchange_as_often_for_more_leaves(mixed):
     assert Counter(c.op for c in collectives(step)) == Counter(c.op for c in found)
 
 
+@pytest.mark.optimize(False)
 def test_auto_mesh_one_all_reduce_a_pass_if_all_is_split_alike():
     shapes = {name: (8 * shape[0], *shape[1:]) for name, shape in few(SHAPES).items()}
     layout = {name: P("data") if len(s) > 1 else P() for name, s in shapes.items()}
@@ -301,6 +307,7 @@ TRANSFORMER = {  # layers stacked; FSDP over x, tensor parallelism over y
 }
 
 
+@pytest.mark.optimize(False)
 def test_transformer_step_compiles_from_shapes_alone():
     """Some kilobytes for the search, beside about a megabyte of parameters a device."""
     shapes = {name: shape for name, (shape, _) in TRANSFORMER.items()}
@@ -363,6 +370,7 @@ def test_shard_map_over_one_named_axis_unchecked_equals_one_device():
         assert_same(step(params, state, put(grads)), expected)
 
 
+@pytest.mark.optimize(False)
 def test_shard_map_exchanges_one_small_all_reduce_a_pass():
     with mesh_of("auto") as mesh:
         tx = optimizer(axis_name=("x", "y"))
@@ -427,6 +435,7 @@ def test_data_parallelism_with_copies_of_the_parameters(around, axis_name):
             assert_same(jax.device_get(step(params, state, batch)), expected)
 
 
+@pytest.mark.optimize(False)
 def test_devices_that_would_choose_apart_are_refused():
     params = {"w": jnp.ones((8, 8))}
     with mesh_of("auto", (8,), ("data",)) as mesh:
@@ -451,6 +460,7 @@ def test_devices_that_would_choose_apart_are_refused():
                 )
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("form", ["arrays", "shapes", "init inside", "prune"])
 def test_shardings_that_only_jit_knows(form):
     """Uncommitted arrays, laid out by in_shardings: no mesh is seen in tracing."""
@@ -481,6 +491,7 @@ def normalised(param, grad):
     return score / jnp.sqrt(jnp.sum(score**2))
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_an_importance_sees_the_whole_leaf(mode):
     tx = mask_by_importance(0.8, importance=normalised)
@@ -497,6 +508,7 @@ def test_an_importance_sees_the_whole_leaf(mode):
     assert different <= 2
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("around", ["nothing", "jit", "shard_map"])
 def test_unknown_axis_name_is_named(around):
     tx = mask_by_importance(0.5, axis_name="nope")
@@ -511,6 +523,7 @@ def test_unknown_axis_name_is_named(around):
             update(params)
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("jit", [False, True])
 def test_leaves_on_different_meshes_are_refused(jit):
     params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
@@ -550,6 +563,7 @@ def variadic_reductions(text):
     )
 
 
+@pytest.mark.optimize(False)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("lower", [lowered, lowered_on_mesh])
 def test_accelerators_get_plain_sums(lower, platform):
@@ -560,6 +574,7 @@ def test_accelerators_get_plain_sums(lower, platform):
         assert op not in text, op
 
 
+@pytest.mark.optimize(False)
 def test_cpu_gets_one_reduction_for_all_thresholds():
     assert variadic_reductions(lowered_on_mesh("cpu")) >= 1
 
