@@ -100,12 +100,22 @@ def members(units):
 
 
 def unit_scores(held, scores):
-    """The mean score of the entries of each unit, for each family."""
+    """The mean score of each unit's entries, over that of its family.
+
+    What is not finite stays as it is, and does not count in the mean of the family.
+    """
     wide = _wide(scores)
     mean = lambda unit: np.concatenate(
         [t[m] for t, m in zip(wide, unit, strict=True)]
     ).mean()
-    return [np.array([mean(unit) for unit in family]) for family in held]
+    families = [np.array([mean(unit) for unit in family]) for family in held]
+
+    def beside(means):
+        finite = np.isfinite(means)
+        level = np.where(finite, means, 0).mean()
+        return np.where(finite & (level > 0), means / (level or 1), means)
+
+    return list(map(beside, families))
 
 
 def active_by_unit(held, means, kept, min_units=1):

@@ -24,7 +24,7 @@ from gsm_optax._words import (
     to_count,
 )
 from gsm_optax.units._families import Family
-from gsm_optax.units._scores import greatest_scores, mean_scores
+from gsm_optax.units._scores import greatest_scores, unit_scores
 
 
 class WholeUnits:
@@ -72,9 +72,9 @@ class WholeUnits:
         self.reserved = (high << WORD) + low
 
     def scores(self, importance: Importance) -> list[jax.Array]:
-        """The mean T of each unit: for each family float32[size]."""
+        """T of each unit: for each family float32[size], whose mean is one."""
         pairs = jax.lax.stop_gradient(self._pairs)
-        return mean_scores(
+        return unit_scores(
             self._families, *score_leaves(importance, pairs), self._parts
         )
 

@@ -1,4 +1,9 @@
-"""The mean score of the entries of each unit, the same bits on every mesh.
+"""The score of each unit beside its family, the same bits on every mesh.
+
+It is the mean score of the unit's entries over that of all units of the family. Scores
+of one layer may be decades above those of another: compared as they are, layers close
+to the input keep all of their units, and others are left with one. (Fang et al.,
+*DepGraph*, 2023, compare groups of channels so, by magnitude.)
 
 A sum of floats depends on its order, and that on how many devices hold the leaf. Here
 entries are split into multiples of a power of two, coarse ones and fine ones, whose
@@ -24,13 +29,15 @@ EXACT = 24
 """Sums of whole numbers are exact in float32 up to 2 to the power of this."""
 
 
-def mean_scores(
+def unit_scores(
     families: Sequence[Family],
     score: ScoreFn,
     leaves: Leaves,
     parts: Sequence[jax.Array] | None,
 ) -> list[jax.Array]:
-    """The mean score of each unit: for each family float32[size], sign bit clear.
+    """Scores of units, of which the mean over a family is one: float32[size] for each.
+
+    The sign bit is clear. NaN and infinity stay, and do not count in the mean.
 
     Args:
         families: whose slices name leaves by their place among `leaves`.
@@ -45,7 +52,21 @@ def mean_scores(
         mean = _mean(family, score, leaves, parts, before)
         means.append(mean)
         before = mean
-    return means
+    return list(map(_beside_family, means))
+
+
+def _beside_family(means: jax.Array) -> jax.Array:
+    """The means over their own mean, which a sum of integers makes exact."""
+    finite = order_key(means) < INF_KEY
+    known, size = jnp.where(finite, means, 0), means.size
+    bits = 28 - size.bit_length()
+    # As below: 2^exponent is above the greatest, or a quarter of it.
+    exponent = jnp.clip((order_key(jnp.max(known)) >> 23) - 126, bits - 126, 126)
+    scaled = known * _power_of_two(bits - exponent)
+    total = jnp.sum(jnp.round(scaled).astype(jnp.int32), dtype=jnp.int32)
+    share = scaled / jnp.maximum(total, 1).astype(jnp.float32)
+    # Stored once, so that all who compare it read the same bits.
+    return lax.optimization_barrier(jnp.where(finite, share * np.float32(size), means))
 
 
 def greatest_scores(
@@ -102,7 +123,6 @@ def _mean(
         mean = total / jnp.maximum(number, 1)
     mean = mean / np.float32(2**bits) * _power_of_two(exponent)
     finite = order_key(greatest) < INF_KEY
-    # Stored once, so that all who compare it read the same bits.
     return lax.optimization_barrier(jnp.where(finite, mean, greatest))
 
 
