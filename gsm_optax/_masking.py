@@ -132,11 +132,12 @@ def mask_by_importance(
             multiple of the parameter: on top of any decay that follows, or taken from
             it if negative. A float or an optax schedule; None, the paper's, is nothing.
         units: of `gsm_optax.units.find_units`, to choose whole units: T is then the
-            mean over the entries of a unit, N and Q count the entries that are in
-            units, and B is the same for all of a unit, biases and scales included: the
-            units of greatest T are active, as many as hold no more than Q entries. An
-            entry of two units is active if both are. Leaves without units keep their
-            whole gradient. `params` may be a part of those that the units were found
+            mean over the entries of a unit, as a multiple of the mean over its family
+            (so Fang et al., DepGraph, 2023, compare magnitudes); N and Q count the
+            entries that are in units, and B is the same for all of a unit, biases and
+            scales included: the units of greatest T are active, as many as hold no more
+            than Q entries. An entry of two units is active if both are. Leaves without
+            units keep their whole gradient. `params` may be a part of those that the units were found
             in, such as one collection of a linen module. Takes the place of `prunable`.
         min_units: with `units`: how many of every family are active before others are,
             by default 1, so that no layer is emptied.

@@ -55,8 +55,9 @@ def magnitude_mask(
         opt_state: instead of `prunable`, the state of the optimizer that trained them:
             the prunable leaves are then those that it chose among.
         units: of `gsm_optax.units.find_units`, in the place of both: whole units are
-            kept or pruned, by their mean magnitude, biases and scales included; N and Q
-            count the entries that are in units.
+            kept or pruned, by their mean magnitude as a multiple of that of their
+            family, biases and scales included; N and Q count the entries that are in
+            units.
         min_units: with `units`: how many of every family are kept first; by default 1.
         min_kept: without `units`: how many entries of every prunable leaf; by default
             0.
@@ -191,8 +192,9 @@ def prune(
         opt_state: instead of `prunable`, the state of the optimizer that trained them:
             the prunable leaves are then those that it chose among.
         units: of `gsm_optax.units.find_units`, in the place of both: whole units are
-            kept or pruned, by their mean magnitude, biases and scales included; N and Q
-            count the entries that are in units.
+            kept or pruned, by their mean magnitude as a multiple of that of their
+            family, biases and scales included; N and Q count the entries that are in
+            units.
         min_units: with `units`: how many of every family are kept first; by default 1.
         min_kept: without `units`: how many entries of every prunable leaf; by default
             0.

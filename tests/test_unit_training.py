@@ -124,6 +124,16 @@ def test_nan_shows_and_dead_units_are_passive():
         assert jnp.isfinite(state.threshold)
 
 
+def test_a_family_of_greater_scores_does_not_keep_all_of_its_units():
+    params, grads = draw(0), draw(1)
+    grads = {name: g * (1e4 if name == "conv" else 1) for name, g in grads.items()}
+    updates, _ = first_step(mask_by_importance(0.5, units=UNITS), grads, params)
+    assert 0 < jnp.count_nonzero(updates["conv_bias"]) < 4
+    params["conv"] *= 1e4
+    kept = magnitude_mask(params, 0.5, units=UNITS)["conv_bias"]
+    assert 0 < jnp.count_nonzero(kept) < 4
+
+
 def test_units_that_tie_go_together():
     """All units of a family do here, and as a whole these do not fit."""
     params = jax.tree.map(jnp.ones_like, draw())
