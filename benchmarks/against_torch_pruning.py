@@ -92,7 +92,7 @@ class Settings(NamedTuple):
 
 
 NETWORKS = {
-    "resnet8": (resnet8, Settings("digits", 0.52, 40, 60, batch=64, rate=0.1)),
+    "resnet8": (resnet8, Settings("digits", 0.10, 40, 60, batch=64, rate=0.1)),
     "lenet5": (lenet5, Settings("fashion_mnist", 0.46, 8, 10, batch=128, rate=0.05)),
 }
 

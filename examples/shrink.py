@@ -49,12 +49,22 @@ class Settings(NamedTuple):
     rate: float = 0.1  # of learning
     gsm_rate: float = 0.1
     passive_decay: float = 3e-2
+    ramp: float = 0.6  # of the epochs of GSM
+    cosine: bool = False  # falls the rate of GSM so? else it drops at 75 and 92 %
 
 
 SETTINGS = {
     ("digits", "resnet8"): Settings(0.9, dense=40, gsm=60),
     ("fashion_mnist", "lenet5"): Settings(
-        0.85, dense=8, gsm=10, batch=128, rate=0.05, gsm_rate=3e-2, passive_decay=0.1
+        0.7,
+        dense=8,
+        gsm=10,
+        batch=128,
+        rate=0.05,
+        gsm_rate=0.05,
+        passive_decay=0.05,
+        ramp=0.4,
+        cosine=True,
     ),
 }
 TITLES = {"lenet5": "LeNet-5", "resnet8": "ResNet-8"}
@@ -88,6 +98,8 @@ def run(name: str, data: Data, settings: Settings, seed: int) -> dict[str, Any]:
         beyond(settings.gsm),
         learning_rate=settings.gsm_rate,
         passive_decay=settings.passive_decay,
+        ramp=settings.ramp,
+        cosine=settings.cosine,
     )
     trained = learn("GSM", dense, gsm, methods.gsm, ratio, units)
     sparse = pruned(trained, ratio, units)
