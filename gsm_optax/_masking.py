@@ -137,8 +137,9 @@ def mask_by_importance(
             entries that are in units, and B is the same for all of a unit, biases and
             scales included: the units of greatest T are active, as many as hold no more
             than Q entries. An entry of two units is active if both are. Leaves without
-            units keep their whole gradient. `params` may be a part of those that the units were found
-            in, such as one collection of a linen module. Takes the place of `prunable`.
+            units keep their whole gradient. `params` may be a part of those that the
+            units were found in, such as one collection of a linen module. Takes the
+            place of `prunable`.
         min_units: with `units`: how many of every family are active before others are,
             by default 1, so that no layer is emptied.
         min_kept: without `units`: how many entries of every prunable leaf are active
