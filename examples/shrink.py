@@ -45,26 +45,25 @@ class Settings(NamedTuple):
     ratio: float  # of the entries that are in units
     dense: int  # epochs
     gsm: int  # epochs, and of the baseline that is trained on
+    changes: dict[str, Any]  # to the phase of GSM, which is `beyond`
     batch: int = 64
     rate: float = 0.1  # of learning
-    gsm_rate: float = 0.1
-    passive_decay: float = 3e-2
-    ramp: float = 0.6  # of the epochs of GSM
-    cosine: bool = False  # falls the rate of GSM so? else it drops at 75 and 92 %
 
 
 SETTINGS = {
-    ("digits", "resnet8"): Settings(0.9, dense=40, gsm=60),
+    ("digits", "resnet8"): Settings(0.9, dense=40, gsm=60, changes={}),
     ("fashion_mnist", "lenet5"): Settings(
         0.7,
         dense=8,
         gsm=10,
         batch=128,
         rate=0.05,
-        gsm_rate=0.05,
-        passive_decay=0.05,
-        ramp=0.4,
-        cosine=True,
+        changes={
+            "learning_rate": 0.05,
+            "passive_decay": 0.05,
+            "ramp": 0.4,
+            "cosine": True,
+        },
     ),
 }
 TITLES = {"lenet5": "LeNet-5", "resnet8": "ResNet-8"}
@@ -94,13 +93,7 @@ def run(name: str, data: Data, settings: Settings, seed: int) -> dict[str, Any]:
     dense = learn("dense", {"params": params, "stats": stats}, first, methods.dense)
     units, ratio = find_units(call, dense, images[:2]), settings.ratio
     trainer.seed += 1000  # another order of the images
-    gsm = replace(
-        beyond(settings.gsm),
-        learning_rate=settings.gsm_rate,
-        passive_decay=settings.passive_decay,
-        ramp=settings.ramp,
-        cosine=settings.cosine,
-    )
+    gsm = replace(beyond(settings.gsm), **settings.changes)
     trained = learn("GSM", dense, gsm, methods.gsm, ratio, units)
     sparse = pruned(trained, ratio, units)
     once = shrink(pruned(dense, ratio, units), units)[0]
