@@ -55,7 +55,6 @@ SETTINGS = {  # name: (batch, epochs)
 GSM = {"momentum": 0.95, "weight_decay": 6e-3}
 LEARNING_RATE = 0.05
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
-PERIODS = ((2, 1, 1, 1, 1), (2, 2, 1, 1, 1), (4, 2, 2, 1, 1))
 SCHEMES = ("single-shot", "single-shot & resume", "periodic", "delayed periodic")
 
 
@@ -82,6 +81,10 @@ def activations(params, x):
 class Trainer:
     """Trains on one data set, an epoch a call."""
 
+    ratio = 0.9
+    levels = ((2, 1, 1, 1, 1), (2, 2, 1, 1, 1), (4, 2, 2, 1, 1))  # periods, by block
+    freezable = 3  # of five layers: about the two thirds of the paper
+
     def __init__(self, name, epochs=None):
         """Read the data; by default train for as long as `SETTINGS` says."""
         data = load(name)
@@ -103,7 +106,7 @@ class Trainer:
         backward = forward + np.append(forward[1:], 0)
         return {"forward": forward.tolist(), "backward": backward.tolist()}
 
-    def run(self, seed, ratio, schedule=lambda step: 0 * step):
+    def run(self, seed, schedule=lambda step: 0 * step, ratio=ratio):
         """Train from a seed; yield the parameters after every epoch."""
         # Ratio and schedule are data, so that one compilation serves all runs.
         frozen = schedule(jnp.arange(self.steps))
@@ -158,7 +161,7 @@ def progress(items, label):
 
 def similarities(trainer, ratio, seed=0):
     """CKA and structural similarity with the final network: [epoch, layer] each."""
-    history = list(trainer.run(seed, ratio))
+    history = list(trainer.run(seed, ratio=ratio))
     inputs = trainer.test_x[:2000]
     layers = jax.jit(lambda params: activations(params, inputs))
     cka, final = jax.jit(linear_cka), layers(history[-1])
@@ -185,10 +188,11 @@ def schemes(trainer, periods):
     steps, epoch, costs = trainer.steps, trainer.epoch_steps, trainer.costs()
     by_period = periodic(periods, interval=epoch)
     saving = freezing_saving(by_period, steps, **costs)
-    blocks = 3  # of five: about the two thirds of the paper
+    blocks, trained = trainer.freezable, len(periods) - trainer.freezable
     start = single_shot_start(saving, steps, epoch, blocks, **costs)
     resume = min(steps // 10, start)  # no block can be frozen before step 0
-    late = lambda epochs: delayed_periodic(epochs * epoch, (16, 16, 16, 1, 1), epoch)
+    seldom = (16,) * blocks + (1,) * trained
+    late = lambda epochs: delayed_periodic(epochs * epoch, seldom, epoch)
     error = lambda epochs: abs(freezing_saving(late(epochs), steps, **costs) - saving)
     return {
         "single-shot": single_shot(start, epoch, blocks),
@@ -200,10 +204,10 @@ def schemes(trainer, periods):
     }
 
 
-def compare(trainer, seeds, ratio=0.9):
+def compare(trainer, seeds):
     """Accuracy, pruned, of all schemes at all savings: one record a run."""
     jobs = [("none", 0, lambda step: 0 * step)]
-    for level, periods in enumerate(PERIODS):
+    for level, periods in enumerate(trainer.levels):
         jobs += [(name, level, s) for name, s in schemes(trainer, periods).items()]
     records = []
     for name, level, schedule in progress(jobs, f"{trainer.name}: schemes"):
@@ -213,9 +217,9 @@ def compare(trainer, seeds, ratio=0.9):
             "saving": freezing_saving(schedule, trainer.steps, **trainer.costs()),
         }
         for seed in range(seeds):
-            *_, params = trainer.run(seed, ratio, schedule)
+            *_, params = trainer.run(seed, schedule)
             accuracies = {
-                "accuracy": trainer.accuracy(prune(params, ratio)),
+                "accuracy": trainer.accuracy(prune(params, trainer.ratio)),
                 "before pruning": trainer.accuracy(params),
             }
             records.append(record | {"seed": seed} | accuracies)

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from examples import shrink
+from examples import freezing_resnet, layer_freezing, shrink
 
 pytestmark = pytest.mark.optimize(False)
 
@@ -71,6 +72,23 @@ def test_layer_freezing(tmp_path):
     assert "| single-shot & resume |" in done.stdout
     for name in ("layers_settle.png", "freezing_schemes.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.optimize(True)
+@pytest.mark.promotes
+def test_freezing_resnet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(freezing_resnet.Trainer, "levels", ((2,) * 5 + (1,) * 6,))
+    arguments = ["--ratios", "0.9", "--seeds", "1", "--epochs", "8"]
+    freezing_resnet.main([*arguments, "--output", str(tmp_path)])
+    assert "| single-shot & resume |" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "freezing_resnet.json").read_text()).values()
+    by_scheme = {record["scheme"]: record for record in result["schemes"]}
+    savings = [by_scheme[name]["saving"] for name in layer_freezing.SCHEMES]
+    np.testing.assert_allclose(savings, savings[0], atol=0.03)
+    assert by_scheme["none"]["saving"] == 0
+    assert min(record["before pruning"] for record in by_scheme.values()) > 30
+    assert (tmp_path / "freezing_resnet.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -201,6 +201,7 @@ MODELS = {
     "lenet_300_100": LeNet300,
     "lenet5": LeNet5,
     "resnet8": partial(ResNet, blocks=(1, 1, 1), width=16, classes=10, colours=1),
+    "resnet20": partial(ResNet, blocks=(3, 3, 3), width=8, classes=10, colours=1),
     "resnet56": partial(ResNet, blocks=(9, 9, 9), width=16, classes=10),
     "densenet40": DenseNet40,
     "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), imagenet=True),
