@@ -98,8 +98,10 @@ def test_shrink(tmp_path, capsys):
     arguments = ["--dense-epochs", "4", "--epochs", "12", "--ratio", "0.7"]
     with jax.numpy_rank_promotion("allow"):
         (record,) = shrink.main([*arguments, "--output", str(tmp_path)])
-    dense, small, once, _ = record["rows"].values()
+    dense, small, eights, once, _ = record["rows"].values()
     assert small["parameters"] < 0.35 * dense["parameters"]
+    assert small["parameters"] < eights["parameters"] < dense["parameters"]
+    assert abs(small["accuracy"] - eights["accuracy"]) < 0.3
     assert small["flops"] < dense["flops"]
     # Shrinking changes nothing but the last digits.
     assert abs(small["accuracy"] - record["pruning"]["after"]) < 0.3
