@@ -137,8 +137,9 @@ def check_decay(name: str, decay: Any, least: float = 0) -> None:
             f"{name}=0."
         )
     if _is_known(first) and not least <= float(first) < math.inf:
+        wanted = "finite" if least < 0 else "finite and not negative"
         raise ValueError(
-            f"{called}={first} must be finite and not negative: the decay "
+            f"{called}={first} must be {wanted}: the decay "
             "is what turns passive weights into zeros. Try 1e-4 to 1e-3."
         )
 

@@ -34,16 +34,17 @@ def metrics(
     `gsm/num_active`          entries that got their gradient at the last step
     `gsm/shortfall`           entries that these are short of Q, for want of any score
                               above zero: not 0, the choice is starved
-    `gsm/active_fraction`     the same, as a fraction of all prunable entries
+    `gsm/active_fraction`     the active entries as a fraction of the prunable ones
     `gsm/density`             fraction of the prunable entries that is not exactly zero
     `gsm/near_zero`           fraction of them below 1e-4 in magnitude, zeros included
     `gsm/churn`               entries that changed side; only with `track_churn`
     `gsm/decay_budget_left`   decay still to come; only with `decay_left`
     ========================= ========================================================
 
-    The prunable entries are those that the optimizer chooses among. `gsm/near_zero` is
-    to reach the ratio before `gsm/decay_budget_left` reaches 0. Entries that are frozen
-    (`freeze_blocks`) are neither active nor do they decay.
+    The prunable entries are those that the optimizer chooses among; with `units=` all
+    entries of the leaves that hold units. `gsm/near_zero` is to reach the ratio before
+    `gsm/decay_budget_left` reaches 0. Entries that are frozen (`freeze_blocks`) are
+    neither active nor do they decay.
 
     Args:
         params: pytree of arrays, sharded or not; under flax nnx,

@@ -237,6 +237,13 @@ def test_a_prunable_tree_that_does_not_fit_is_refused(prunable, message):
         mask_by_importance(0.5, prunable=prunable).init(random_tree())
 
 
+def test_a_passive_decay_may_be_negative_but_not_without_end():
+    mask_by_importance(0.5, passive_decay=-1e-3)
+    for decay in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=r"passive_decay=\S+ must be finite:"):
+            mask_by_importance(0.5, passive_decay=decay)
+
+
 def test_an_importance_of_another_shape_is_refused():
     tx = mask_by_importance(0.5, importance=lambda p, g: jnp.sum(p * g))
     params = jnp.ones((2, 3))
