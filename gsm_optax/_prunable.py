@@ -220,9 +220,14 @@ def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
     )
 
 
+def is_by_units(marks: tuple[Any, ...]) -> bool:
+    """Whether the choice was by whole units."""
+    return any(isinstance(mark, ByUnits) for mark in marks)
+
+
 def entry_marks(marks: tuple[Any, ...]) -> tuple[Any, ...]:
     """Marks, as they are; `ValueError` if the choice was by whole units."""
-    if any(isinstance(mark, ByUnits) for mark in marks):
+    if is_by_units(marks):
         raise ValueError(
             "this state is of an optimizer that chose whole units: prune by them too, "
             "with units= in place of opt_state=."

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from zoo import randomized, sample
 
-from gsm_optax import gsm_sgd
+from gsm_optax import gsm_sgd, prune
 from gsm_optax.units import find_units, shrink
 
 pytestmark = pytest.mark.optimize(False)
@@ -116,6 +116,19 @@ def test_constants_go_into_the_next_bias():
     assert not np.allclose(small["b1"][0], params["b1"][0, [0, 2, 3]])
 
 
+def test_constants_are_those_of_the_dtype_that_they_are_computed_in():
+    def fn(params, x):
+        h = jax.nn.sigmoid(x @ params["w0"] + params["b0"])
+        h = h.astype(jnp.float8_e4m3fn).astype(h.dtype)
+        return h @ params["w1"] + params["b1"]
+
+    params, x = layers(3, 5, 4), sample((4, 3))
+    params["w0"][:, 1:4] = 0
+    small, plan = shrink(params, find_units(fn, params, x))
+    assert [len(family.kept) for family in plan.families] == [2]
+    same(fn, params, fn, small, (x,))
+
+
 @pytest.mark.parametrize(("padding", "left"), [("VALID", 2), ("SAME", 4)])
 def test_constants_of_a_convolution_go_unless_it_is_padded(padding, left):
     spec = ("NHWC", "HWIO", "NHWC")
@@ -150,6 +163,10 @@ CONSTANTS_THAT_STAY = {
     "bias of one entry": lambda p, h: h @ p["w1"] + p["b1"][:, :1],
     "bias that is scaled": lambda p, h: h @ p["w1"] + 2 * p["b1"],
     "weight that is scaled": lambda p, h: h @ (2 * p["w1"]) + p["b1"],
+    "weight in eight bits": lambda p, h: (
+        h @ p["w1"].astype(jnp.float8_e4m3fn).astype(h.dtype) + p["b1"]
+    ),
+    "whole weight": lambda p, h: h @ p["w1"].astype(int).astype(h.dtype) + p["b1"],
     "loop": lambda p, h: (
         lax.fori_loop(0, 3, lambda _, z: z, h @ p["w1"] + p["b1"])
         + lax.scan(lambda z, _: (z, h @ p["w1"] + p["b1"]), h, None, length=2)[1].sum(0)
@@ -255,6 +272,25 @@ def test_at_least_one_unit_stays_and_sizes_are_rounded_up():
 
 
 # Other trees
+
+
+def test_state_of_gsm_by_units_shrinks_too():
+    """Its average holds a number a unit, which may look like another parameter."""
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p[1] * p[0]) @ p[2] * p[3]) @ p[4]
+    shapes = [(1, 6), (3, 6), (6, 6), (1, 6), (6, 2)]
+    params, x = randomized([np.zeros(shape) for shape in shapes]), sample((4, 3))
+    units = find_units(fn, params, x)
+    tx = gsm_sgd(1e-2, 0.5, units=units, smoothing=0.9)
+    gradient = jax.grad(lambda params: (fn(params, x) ** 2).mean())
+    _, state = tx.update(gradient(params), tx.init(params), params)
+    small, plan = shrink(prune(params, 0.6, units=units), units)
+    shrunk = optax.tree.get(plan.apply(state), "average")
+    for own, before, family in zip(
+        shrunk, optax.tree.get(state, "average"), plan.families, strict=True
+    ):
+        np.testing.assert_array_equal(own, before[family.kept])
+    new = gsm_sgd(1e-2, 0.5, units=find_units(fn, small, x), smoothing=0.9)
+    new.update(gradient(small), plan.apply(state), small)
 
 
 OPTIMIZERS = {

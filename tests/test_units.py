@@ -269,6 +269,53 @@ def test_program_is_followed_from_shapes_alone():
     assert find_units(two_layers, shapes, struct).families[0].size == 6
 
 
+READ_IN_PART = {  # what these inputs do not reach may still be read by others
+    "positions": lambda p, x: (
+        jax.nn.relu((x @ p["w"] + p["rows"][: len(x)]) @ p["u"]) @ p["v"]
+    ),
+    "cast positions": lambda p, x: (
+        jax.nn.relu((x @ p["w"] + (2 * p["rows"])[: len(x)]) @ p["u"]) @ p["v"]
+    ),
+    "columns": lambda p, x: jnp.tanh(x @ p["w"] @ p["u"])[:, :3] @ p["v"][:3],
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_PART)
+def test_what_is_not_read_is_no_unit(name):
+    shapes = {"w": (3, 4), "rows": (9, 4), "u": (4, 6), "v": (6, 2)}
+    params = randomized({path: np.zeros(shape) for path, shape in shapes.items()})
+    units = find_units(READ_IN_PART[name], params, sample((5, 3)))
+    # Of the columns fn writes down how many it takes.
+    assert [f.size for f in units.families] == [4] + [6] * (name != "columns")
+    assert all(len(family.slices) > 1 for family in units.families)
+    reasons = {f"{p.path}[{p.axis}]": p.reason for p in units.pinned}
+    assert name == "columns" or reasons["rows[0]"] in ("not used", "input")
+
+
+def test_sizes_that_fn_uses_are_seen_beside_many_that_it_writes_down():
+    """However many of its layers cannot be traced with fewer units."""
+    layers = 14
+
+    def fn(params, x):
+        for i in range(layers):
+            heads = (x @ params[f"up{i}"]).reshape(len(x), 2, 3)  # written down
+            x = x + jnp.tanh(heads).reshape(len(x), 6) @ params[f"down{i}"]
+        h = jax.nn.relu(x @ params["w"])
+        return h / h.shape[1] @ params["v"]
+
+    shapes = {"w": (4, 8), "v": (8, 2)}
+    for i in range(layers):
+        shapes |= {f"up{i}": (4, 6), f"down{i}": (6, 4)}
+    params = randomized({path: np.zeros(shape) for path, shape in shapes.items()})
+    units = find_units(fn, params, sample((5, 4)))
+    assert {
+        str(part) for family in units.families for part in family.slices
+    }.isdisjoint({"w[1]", "v[0]"})
+    reasons = {f"{p.path}[{p.axis}]": p.reason for p in units.pinned}
+    assert reasons["w[1]"] == "its size, which fn uses"
+    assert sum(family.size == 2 for family in units.families) == layers
+
+
 # Bad input
 
 

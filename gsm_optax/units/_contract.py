@@ -74,6 +74,7 @@ def contract(
     summed = []
     for one, other in pairs:
         walk.tie(one, other)
+        walk.read.append(one["id"])
         silent = (one["value"] == 0) | (other["value"] == 0)
         reader, read = (other, one) if right.is_weight else (one, other)
         is_constant = ~silent & ~np.isnan(read["value"]) & is_read

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax.units._axes import Value
@@ -33,11 +34,16 @@ def elementwise(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
         finite = np.all(np.broadcast_arrays(*map(np.isfinite, values)), axis=0)
         walk.add(eqn, axis, finite & np.isinf(axis["value"]))  # and so to all it meets
         axes.append(axis)
-    if eqn.primitive.name in AS_IT_IS:
+    if eqn.primitive.name in AS_IT_IS and _holds_numbers(eqn.outvars[0].aval.dtype):
         return Value(tuple(axes), number, leaf=args[0].leaf)
     if eqn.primitive.name == "add":
         add_bias(walk, eqn, args)
     return Value(tuple(axes), number)
+
+
+def _holds_numbers(dtype: Any) -> bool:
+    """Whether a leaf is much the same in it; in eight bits and integers it is not."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
 
 
 def barrier(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:

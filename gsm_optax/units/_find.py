@@ -115,7 +115,16 @@ def _settled_walk(program: Any, shapes: list[Any]) -> Walk:
         }
     for primitive, ids in walk.sums:
         walk.ties.pin(ids[walk.ties.pinned(ids) == 0], primitive)
+    _pin_unread(walk)
     return walk
+
+
+def _pin_unread(walk: Walk) -> None:
+    """Pin what no sum reads, such as positions beyond the end of these inputs."""
+    ids = np.arange(walk.leaf_nodes)
+    read = np.concatenate([ids[:0], *walk.read])
+    unread = ~np.isin(walk.ties.classes(ids), walk.ties.classes(read))
+    walk.ties.pin(ids[unread & (walk.ties.pinned(ids) == 0)], "not used")
 
 
 def _families(walk: Walk, shapes: list[Any], paths: list[str]) -> list[Family]:

@@ -138,6 +138,9 @@ def _evaluate(eqn: Any, name: str, numbers: list[np.ndarray]) -> np.ndarray:
         made = _NUMBERS[name](*numbers)
         if name == "div" and not _is_inexact(eqn):
             made = np.trunc(made)
+    dtype = eqn.outvars[0].aval.dtype
+    if jnp.issubdtype(dtype, jnp.floating):  # which may be one of eight bits
+        made = np.asarray(made, np.float64).astype(dtype).astype(np.float64)
     return np.where(np.isnan(made), np.inf, made)
 
 

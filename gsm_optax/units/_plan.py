@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsm_optax._masking import MaskByImportanceState
 from gsm_optax._paths import leaf_names, leaf_paths
+from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
 from gsm_optax.units._families import Family
 from gsm_optax.units._units import Units
@@ -79,13 +81,28 @@ class Plan:
         inside = [path for path in wanted if len(path) > 1 and path[0] == prefix]
         wanted = {path[1:]: wanted[path] for path in inside} | wanted
         leaves, treedef = jax.tree.flatten(tree)
-        names = leaf_names(tree)
+        names, averages = leaf_names(tree), self._averages(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
-        small = [
-            _take(name, leaf, _ending(path, wanted))
-            for name, path, leaf in zip(names, paths, leaves, strict=True)
-        ]
+        small = []
+        for name, path, leaf in zip(names, paths, leaves, strict=True):
+            units = [kept for at, kept in averages.items() if path[: len(at)] == at]
+            small.append(
+                leaf.take(*units) if units else _take(name, leaf, _ending(path, wanted))
+            )
         return jax.tree.unflatten(treedef, small)
+
+    def _averages(self, tree: Any) -> dict[tuple[str, ...], np.ndarray]:
+        """Where in the tree GSM by units keeps a number a unit; which units stay."""
+        is_choice = lambda x: isinstance(x, MaskByImportanceState)
+        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_choice)
+        found = {}
+        for path, state in filter(lambda pair: is_choice(pair[1]), pairs):
+            if state.average is not None and is_by_units(state.prunable):
+                for i, plan in enumerate(self.families):
+                    key = jax.tree_util.SequenceKey(i)
+                    at = *path, jax.tree_util.GetAttrKey("average"), key
+                    found[tuple(map(str, at))] = plan.kept
+        return found
 
     def check(self, fn: Callable[..., Any], params: Any, small: Any) -> None:
         """Compare the smaller network with the first one, on the inputs of the units.

@@ -4,6 +4,7 @@ What a program says of the sizes it was traced with, a scale of 1/sqrt(features)
 loop over them, shows in a second program only, of other sizes.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,6 @@ from gsm_optax.units._walk import Walk
 SAME, DIFFERS, RAISES = "same", "differs", "raises"
 
 ONE = "one leaf reads or makes it"  # so its size is written down elsewhere
-
-MOST_FAILURES = 12  # a network of linen's modules raises for every family
 
 
 def check_by_tracing(
@@ -37,29 +36,24 @@ def check_by_tracing(
     as the dimensions of attention are: their size is most often in a scale, too.
     """
     nodes = leaf_nodes([leaf.shape for leaf in jax.tree.leaves(like)])
-    failures = 0
 
     def attempt(group: list[int]) -> str:
-        nonlocal failures
-        if failures >= MOST_FAILURES:
-            return RAISES
         chosen = [families[i] for i in group]
-        outcome = _attempt(walk, chosen, fn, like, inputs, program)
-        failures += outcome == RAISES
-        return outcome
+        return _attempt(walk, chosen, fn, like, inputs, program)
 
     primitives = [_multiplied(walk, family, nodes) for family in families]
     multiplied = [i for i, primitive in enumerate(primitives) if primitive]
     others = [i for i, primitive in enumerate(primitives) if not primitive]
     found = dict.fromkeys(range(len(families)), RAISES)
     for group in (multiplied, others):
-        if group:
-            _sort_out(group, attempt(group), attempt, found)
+        if group and (outcome := attempt(group)) == SAME:
+            found.update(dict.fromkeys(group, SAME))
+        elif group:
+            for kind in _kinds(families, group):
+                _sort_out(kind, attempt(kind), attempt, found)
     traced = [i for i in found if found[i] == SAME]
     if traced and (multiplied or len(traced) < len(others)):  # not yet together
-        chosen = [families[i] for i in traced]
-        outcome = _attempt(walk, chosen, fn, like, inputs, program)
-        found.update(dict.fromkeys(traced, outcome))
+        found.update(dict.fromkeys(traced, attempt(traced)))
     for i, family in enumerate(families):
         if found[i] == RAISES and (primitives[i] or len(family.slices) == 1):
             found[i] = DIFFERS
@@ -74,15 +68,31 @@ def check_by_tracing(
     )
 
 
+def _kinds(families: Sequence[Family], group: list[int]) -> list[list[int]]:
+    """The families of a group, those of equal layers together."""
+    kinds: dict[Any, list[int]] = {}
+    for i in group:
+        names = [(re.sub(r"\d+", "", s.path), s.axis) for s in families[i].slices]
+        kinds.setdefault(tuple(sorted(names)), []).append(i)
+    return list(kinds.values())
+
+
 def _sort_out(
     group: list[int],
     outcome: str,
     attempt: Callable[[list[int]], str],
     found: dict[int, str],
 ) -> None:
-    """Halve a group until it is known which of its families stand out."""
+    """Halve a group until it is known which of its families stand out.
+
+    Where the first one raises, the others do, which are those of equal layers: a
+    network of linen's modules raises for every family, and a trace takes its time.
+    """
     if outcome == SAME or len(group) == 1:
         found.update(dict.fromkeys(group, outcome))
+        return
+    if outcome == RAISES and attempt(group[:1]) == RAISES:
+        found.update(dict.fromkeys(group, RAISES))
         return
     middle = len(group) // 2
     halves = group[:middle], group[middle:]

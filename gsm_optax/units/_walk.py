@@ -27,6 +27,7 @@ class Walk:
         self.sums: list[tuple[str, np.ndarray]] = []  # nodes that add something
         self.products: list[tuple[str, np.ndarray]] = []  # of two activations
         self.varying: list[np.ndarray] = []  # those that add more than a constant
+        self.read: list[np.ndarray] = []  # nodes that are summed over, zeros included
         self.folds: list[Fold] = []  # sums with constants that a bias could add
         self.leaf_nodes = 0  # the first ones are those of the leaves
         self.users: dict[int, set[Any]] = {}  # places where each leaf is used
