@@ -74,6 +74,31 @@ def split(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
     ]
 
 
+def stack(walk: Any, eqn: Any, args: list[Value]) -> Value:
+    """One new axis, along which are the operands; the others are one."""
+    axes = [walk.join(column) for column in zip(*(x.axes for x in args), strict=True)]
+    new = with_values(walk.new_pinned(eqn, len(args)), [x.number for x in args])
+    axes.insert(eqn.params["axis"], new)
+    return Value(tuple(axes), float(same_number([x.number for x in args])))
+
+
+def unstack(walk: Any, eqn: Any, args: list[Value]) -> list[Value]:
+    """The arrays along one axis."""
+    (value,), along = args, eqn.params["axis"]
+    walk.pin(eqn, value.axes[along])
+    axes = value.axes[:along] + value.axes[along + 1 :]
+    return [value._replace(axes=axes) for _ in eqn.outvars]
+
+
+def tile(walk: Any, eqn: Any, args: list[Value]) -> Value | list[Value]:
+    """Each axis several times over."""
+    (value,), reps = args, eqn.params["reps"]
+    if len(reps) != len(value.axes):
+        return walk.pin_all(eqn, args)
+    axes = tuple(map(np.tile, value.axes, reps))
+    return Value(axes, value.number)
+
+
 def pad(walk: Any, eqn: Any, args: list[Value]) -> Value:
     """What is put around cannot go."""
     value, filling = args

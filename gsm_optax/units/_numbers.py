@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gsm_optax.units._axes import same_number
 
@@ -60,6 +61,7 @@ _NUMBERS: dict[str, Any] = {
     "lgamma": None,
     "log": np.log,
     "log1p": np.log1p,
+    "log2": np.log2,
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "lt": np.less,
     "lt_to": None,
@@ -71,13 +73,14 @@ _NUMBERS: dict[str, Any] = {
     "neg": np.negative,
     "nextafter": None,
     "not": None,
+    "one_minus_square": lambda x: 1 - x * x,
     "or": None,
     "polygamma": None,
     "population_count": None,
     "pow": None,
     "pvary": lambda x: x,
     "real": lambda x: x,
-    "reduce_precision": lambda x: x,
+    "reduce_precision": None,
     "rem": None,
     "round": np.round,
     "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -130,6 +133,8 @@ def _evaluate(eqn: Any, name: str, numbers: list[np.ndarray]) -> np.ndarray:
         made = numbers[0] ** eqn.params["y"]
     elif name == "convert_element_type" and not _is_inexact(eqn):
         made = _to_integer(eqn, numbers[0])
+    elif name == "reduce_precision":
+        made = lax.reduce_precision(numbers[0].astype(np.float32), **eqn.params)
     elif name == "round" and not eqn.params["rounding_method"]:  # away from zero
         made = np.trunc(numbers[0] + np.copysign(0.5, numbers[0]))
     elif _NUMBERS[name] is None:
@@ -149,8 +154,12 @@ def _is_inexact(eqn: Any) -> bool:
 
 
 def _to_integer(eqn: Any, number: np.ndarray) -> np.ndarray:
-    is_bool = eqn.outvars[0].aval.dtype == jnp.bool_
-    return np.where(is_bool, number != 0, np.trunc(number)).astype(np.float64)
+    dtype = eqn.outvars[0].aval.dtype
+    if dtype == jnp.bool_:
+        return (number != 0).astype(np.float64)
+    bounds = jnp.iinfo(dtype)  # what is out of them depends on the platform
+    is_inside = (number >= int(bounds.min)) & (number <= int(bounds.max))
+    return np.where(is_inside, np.trunc(number), np.inf)
 
 
 def _select(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ _CUMULATIONS = "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"
 _WINDOWS = "reduce_window_sum", "reduce_window_max", "reduce_window_min"
 
 RULES: dict[str, Callable[..., Any]] = {
-    "optimization_barrier": _elementwise.barrier,
+    **dict.fromkeys(("optimization_barrier", "device_put"), _elementwise.barrier),
     "transpose": _move.transpose,
     "squeeze": _move.squeeze,
     "broadcast_in_dim": _move.broadcast,
@@ -29,6 +29,9 @@ RULES: dict[str, Callable[..., Any]] = {
     "concatenate": _move.concatenate,
     "slice": _move.take_slice,
     "split": _move.split,
+    "stack": _move.stack,
+    "unstack": _move.unstack,
+    "tile": _move.tile,
     "pad": _move.pad,
     "reshape": _move.reshape,
     "dot_general": _products.dot_general,
