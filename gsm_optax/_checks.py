@@ -150,6 +150,10 @@ def check_floors(min_kept: Any, min_units: Any, units: Any) -> tuple[int, int]:
     Raises:
         ValueError: if they are no whole numbers, or do not go with `units`.
     """
+    if units is not None and not hasattr(units, "among"):
+        raise ValueError(
+            f"units is a {type(units).__name__}: give what find_units returns."
+        )
     if units is None and min_units is not None:
         raise ValueError(
             f"min_units={min_units!r} goes with units=; of entries, min_kept= is kept "

@@ -274,6 +274,34 @@ def test_at_least_one_unit_stays_and_sizes_are_rounded_up():
 # Other trees
 
 
+def test_state_of_one_collection_shrinks_too():
+    """Whatever the collection is called, and whatever else there is."""
+    net, more = network(jax.nn.relu), {"scale": {"one": np.ones((1, 1), np.float32)}}
+    fn = lambda params, x: net(params["net"], x) * params["scale"]["one"]
+    params = {"net": layers(3, 6, 5, 2)} | more
+    units = find_units(fn, params, sample((4, 3)))
+    params, _ = pruned_by_units(units, params)
+    small, plan = shrink(params, units)
+    tx = optax.adam(1e-3)
+    state = plan.apply(tx.init(params["net"]))
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(state) == shapes(tx.init(small["net"]))
+    assert shapes(plan.apply(params["net"])) == shapes(small["net"])
+
+
+def test_network_that_computes_in_half_precision_is_compared_as_such():
+    def fn(params, x):
+        cast = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+        return network(jax.nn.sigmoid)(cast(params), cast(x)).astype(x.dtype)
+
+    params, x = layers(8, 40, 40, 3), sample((16, 8))
+    params["w0"][:, ::2] = 0
+    small, plan = shrink(params, find_units(fn, params, x))
+    assert [len(family.kept) for family in plan.families] == [20, 40]
+    wanted, actual = fn(params, x), fn(small, x)
+    np.testing.assert_allclose(wanted, actual, rtol=0, atol=0.03 * np.abs(wanted).max())
+
+
 def test_state_of_gsm_by_units_shrinks_too():
     """Its average holds a number a unit, which may look like another parameter."""
     fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p[1] * p[0]) @ p[2] * p[3]) @ p[4]
@@ -348,7 +376,22 @@ def test_errors_name_what_stands_in_the_way():
         shrink(params | {"w1": np.zeros((6, 6), np.float32)}, units)
     with pytest.raises(ValueError, match="round_to=0"):
         shrink(params, units, round_to=0)
+    with pytest.raises(ValueError, match="units is a dict: give shrink"):
+        shrink(units, params)
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="give arrays, no shapes"):
+        shrink(shapes, units)
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda params: shrink(params, units)[0])(params)
+    with pytest.raises(ValueError, match="units is a tuple: give what find_units"):
+        gsm_sgd(0.1, 0.5, units=units.families)
     pruned, _ = pruned_by_units(units, params)
+    broken = pruned | {"w0": np.where(pruned["w0"] == 0, pruned["w0"], np.nan)}
+    small, plan = shrink(broken, units)  # of NaN that stays nothing is said
+    broken = params | {"w0": params["w0"].copy(), "w1": params["w1"].copy()}
+    broken["w0"][0, 2], broken["w1"][2] = np.nan, 0
+    with pytest.raises(ValueError, match="w0 holds NaN or infinity"):
+        shrink(broken, units)
     small, plan = shrink(pruned, units)
     with pytest.raises(ValueError, match="gives other outputs"):
         plan.check(lambda params, x: 1.1 * fn(params, x), pruned, small)

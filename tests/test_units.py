@@ -300,6 +300,23 @@ def test_what_is_not_read_is_no_unit(name):
     assert name == "columns" or reasons["rows[0]"] in ("not used", "input")
 
 
+def test_weights_of_a_state_that_is_zero_are_no_units():
+    """What a recurrent network's first step reads is nothing."""
+
+    def fn(params, x):
+        state = jnp.zeros((len(x[0]), 6))
+        for now in x:
+            state = jnp.tanh(now @ params["w"] + state @ params["square"])
+        return state @ params["v"]
+
+    shapes = {"w": (3, 6), "square": (6, 6), "v": (6, 2)}
+    params = randomized({path: np.zeros(shape) for path, shape in shapes.items()})
+    for steps in (1, 3):
+        (family,) = find_units(fn, params, sample((steps, 5, 3))).families
+        assert "w[1]" in map(str, family.slices)
+        assert len(family.slices) == (3 if steps == 1 else 4)
+
+
 def test_sizes_that_fn_uses_are_seen_beside_many_that_it_writes_down():
     """However many of its layers cannot be traced with fewer units."""
     layers = 14

@@ -87,7 +87,7 @@ def _is_same_equation(
         starts = [is_kept[ids[:n]].sum() for ids, n in zip(cut, starts, strict=True)]
     if starts != list(theirs.params.get("start_indices") or ()):
         return False
-    inside = _programs(ours.params), _programs(theirs.params)
+    inside = programs_in(ours.params), programs_in(theirs.params)
     return (
         _plain_params(ours.params) == _plain_params(theirs.params)
         and len(inside[0]) == len(inside[1])
@@ -111,7 +111,8 @@ def _is_same_array(one: Any, other: Any, axes: Any, is_kept: np.ndarray) -> bool
     return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-def _programs(params: dict[str, Any]) -> list[Any]:
+def programs_in(params: dict[str, Any]) -> list[Any]:
+    """The programs among the parameters of an equation."""
     values = [
         value
         for entry in params.values()
@@ -129,6 +130,6 @@ def _plain_params(params: dict[str, Any]) -> str:
     plain = {
         name: value
         for name, value in params.items()
-        if name not in _SHAPES and not callable(value) and not _programs({"": value})
+        if name not in _SHAPES and not callable(value) and not programs_in({"": value})
     }
     return re.sub(" at 0x[0-9a-f]+", "", repr(plain))

@@ -140,7 +140,9 @@ def _families(walk: Walk, shapes: list[Any], paths: list[str]) -> list[Family]:
         own = signs == sign
         slices = _slices(live[own], roots[own], nodes, shapes, paths)
         size = len(slices[0].indices)
-        if size > 1:  # the last unit always stays
+        if len(slices) == 1:
+            walk.ties.pin(live[own], "one leaf reads or makes it")
+        elif size > 1:  # the last unit always stays
             entries = unit_entries(slices, shapes)
             families.append(Family(size, entries, slices, False))
     return families

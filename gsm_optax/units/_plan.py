@@ -1,7 +1,7 @@
 """What to remove: a plan that is applied to trees, and checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from gsm_optax._masking import MaskByImportanceState
 from gsm_optax._paths import leaf_names, leaf_paths
 from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
+from gsm_optax.units._compare import programs_in
 from gsm_optax.units._families import Family
 from gsm_optax.units._units import Units
 
@@ -57,8 +58,8 @@ class Plan:
 
         Args:
             tree: like the parameters; or an optimizer's state, a mask, an average,
-                whose paths end as those of the parameters, with or without linen's
-                "params" before them. Other leaves stay as they are.
+                whose paths end as those of the parameters, or of one collection of
+                them, such as linen's "params". Other leaves stay as they are.
 
         Returns:
             The same tree with smaller arrays. Nothing is written over.
@@ -76,13 +77,11 @@ class Plan:
                 strict=True,
             )
         }
-        # The optimizer of a linen module has but one of its collections.
-        prefix = str(jax.tree_util.DictKey("params"))
-        inside = [path for path in wanted if len(path) > 1 and path[0] == prefix]
-        wanted = {path[1:]: wanted[path] for path in inside} | wanted
         leaves, treedef = jax.tree.flatten(tree)
         names, averages = leaf_names(tree), self._averages(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
+        if not any(_ending(path, wanted) for path in paths):
+            wanted = _inside(paths, wanted)
         small = []
         for name, path, leaf in zip(names, paths, leaves, strict=True):
             units = [kept for at, kept in averages.items() if path[: len(at)] == at]
@@ -117,7 +116,8 @@ class Plan:
         """
         inputs = _concrete(self.units.inputs)
         wanted = jax.jit(self.units.fn)(params, *inputs)
-        difference = _difference(wanted, jax.jit(fn)(small, *inputs), params)
+        actual = jax.jit(fn)(small, *inputs)
+        difference = _difference(wanted, actual, self.units.program)
         if difference:
             families = ", ".join(
                 str(plan.family) for plan in self._changed if not plan.family.is_traced
@@ -183,6 +183,21 @@ def _ending(path: tuple[str, ...], wanted: dict[tuple[str, ...], Any]) -> Any:
     return next(((e, *wanted[e]) for e in endings if e in wanted), None)
 
 
+def _inside(
+    paths: Sequence[tuple[str, ...]], wanted: dict[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], Any]:
+    """The parameters of one collection, by their paths in it: the one that fits best.
+
+    The optimizer of a linen module has but one of its collections.
+    """
+    found: dict[str, dict[tuple[str, ...], Any]] = {}
+    for path, own in wanted.items():
+        if len(path) > 1:
+            found.setdefault(path[0], {})[path[1:]] = own
+    fitting = lambda inside: sum(_ending(path, inside) is not None for path in paths)
+    return max(found.values(), key=fitting, default=wanted)
+
+
 def _take(name: str, leaf: Any, own: Any) -> Any:
     if own is None:
         return leaf
@@ -223,8 +238,10 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
         return small
     fn, inputs = jax.jit(units.fn), _concrete(units.inputs)
     wanted = fn(params, *inputs)
-    difference = _difference(wanted, fn(_zeroed(plan, folded), *inputs), params)
+    actual = fn(_zeroed(plan, folded), *inputs)
+    difference = _difference(wanted, actual, units.program)
     if difference:
+        _check_finite(params)
         families = ", ".join(str(changed.family) for changed in plan._changed)
         raise ValueError(
             f"without units of {families} the network gives other outputs: "
@@ -264,22 +281,47 @@ def _concrete(inputs: Any) -> Any:
     return jax.tree.map(make, inputs)
 
 
-def _difference(wanted: Any, actual: Any, params: Any) -> str:
-    """How much outputs differ, or nothing if that is rounding."""
-    floats = [jnp.result_type(x) for x in jax.tree.leaves(params) if _is_float(x)]
+def _check_finite(params: Any) -> None:
+    """Raise `ValueError` if a leaf holds what is no number, and name it."""
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if _is_float(leaf) and not jnp.isfinite(leaf).all():
+            raise ValueError(
+                f"{name} holds NaN or infinity, which zeros do not make zero: the "
+                "network without these units is another one."
+            )
+
+
+def _difference(wanted: Any, actual: Any, program: Any) -> str:
+    """How much outputs differ, or nothing if that is the program's rounding."""
+    computed = _computed_in(program)
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True)
     for one, other in pairs:
         if one.shape != other.shape:
             return f"shape {list(other.shape)}, not {list(one.shape)}"
         if not _is_float(one) or not one.size:
             continue
-        eps = max(float(jnp.finfo(dtype).eps) for dtype in (*floats, one.dtype))
+        eps = max(float(jnp.finfo(dtype).eps) for dtype in (*computed, one.dtype))
         one, other = (np.asarray(x, np.complex128) for x in (one, other))
         scale = np.abs(one[np.isfinite(one)]).max(initial=0)
         # Sums in another order: far less than a unit that counts, far more than eps.
         if not np.allclose(one, other, rtol=0, atol=eps**0.5 * scale, equal_nan=True):
-            return f"{np.nanmax(np.abs(one - other)):.3g} of {scale:.3g}"
+            return f"{np.abs(one - other).max():.3g} of {scale:.3g}"
     return ""
+
+
+def _computed_in(program: Any) -> set[Any]:
+    """Floating-point dtypes of all that the program computes, of 16 bits and more.
+
+    What is rounded to eight is so in the smaller network too, and to the same numbers.
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    atoms = [*jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars)]
+    dtypes = {var.aval.dtype for var in atoms if _is_float(var.aval)}
+    inside = [
+        _computed_in(part) for eqn in jaxpr.eqns for part in programs_in(eqn.params)
+    ]
+    wide = {dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 16}
+    return wide.union(*inside)
 
 
 def _is_float(x: Any) -> bool:

@@ -18,8 +18,6 @@ from gsm_optax.units._walk import Walk
 
 SAME, DIFFERS, RAISES = "same", "differs", "raises"
 
-ONE = "one leaf reads or makes it"  # so its size is written down elsewhere
-
 
 def check_by_tracing(
     walk: Walk,
@@ -55,9 +53,9 @@ def check_by_tracing(
     if traced and (multiplied or len(traced) < len(others)):  # not yet together
         found.update(dict.fromkeys(traced, attempt(traced)))
     for i, family in enumerate(families):
-        if found[i] == RAISES and (primitives[i] or len(family.slices) == 1):
+        if found[i] == RAISES and primitives[i]:
             found[i] = DIFFERS
-            reason = f"{primitives[i]} of two activations" if primitives[i] else ONE
+            reason = f"{primitives[i]} of two activations"
             walk.ties.pin(unit_nodes(family, nodes), reason)
         elif found[i] == DIFFERS:
             walk.ties.pin(unit_nodes(family, nodes), "its size, which fn uses")

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gsm_optax._checks import check_count
 from gsm_optax.units._axes import slab_values
@@ -49,8 +50,8 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
         nothing is removed, the parameters are those that were given.
 
     Raises:
-        ValueError: if `units` are those of another tree, or the outputs differ by more
-            than rounding.
+        ValueError: if `units` are those of another tree, the parameters are shapes or
+            traced, or the outputs differ by more than rounding.
 
     Example:
         >>> import jax
@@ -73,7 +74,17 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
         8 of 12 entries stay (66.7%)
     """
     round_to = check_count("round_to", round_to, 1, "sizes become multiples of it")
+    if not isinstance(units, Units):
+        raise ValueError(
+            f"units is a {type(units).__name__}: give shrink(params, units), where "
+            "units = find_units(fn, params, *inputs)."
+        )
     leaves = units.leaves_of(params)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct | Tracer) for leaf in leaves):
+        raise ValueError(
+            "shrink decides by the values of the parameters: give arrays, no shapes, "
+            "and call it outside of jit."
+        )
     arrays = list(map(_on_host, leaves))
     held = [np.zeros(family.size, bool) for family in units.families]
     while True:
