@@ -24,11 +24,13 @@ def concrete(value: Any) -> float | None:
 def check_ratio(ratio: Any, name: str = "ratio") -> None:
     """Raise `ValueError` unless `ratio` can be the pruned fraction.
 
-    Numbers and arrays whose value is known are checked, and so is the first value of a
-    schedule; what is traced or comes later is not.
+    Numbers and arrays whose value is known are checked, and of a schedule the first
+    value, and the last if it has one; what is traced or comes between is not.
     """
-    name = f"{name}(0)" if callable(ratio) else name
-    _check_ratio_value(first_value(ratio), name)
+    at_first = f"{name}(0)" if callable(ratio) else name
+    _check_ratio_value(first_value(ratio), at_first)
+    if (last := last_value(ratio)) is not None:
+        _check_ratio_value(last, f"{name}, as the schedule ends,")
 
 
 def first_value(value: Any) -> Any:
@@ -37,6 +39,15 @@ def first_value(value: Any) -> Any:
         return value
     with jax.ensure_compile_time_eval():  # known, also where jit traces this
         return value(jnp.int32(0))
+
+
+def last_value(value: Any) -> Any:
+    """The value that a schedule ends at; None if it has no end, or is no schedule."""
+    if not callable(value):
+        return None
+    with jax.ensure_compile_time_eval():
+        late, last = (value(jnp.int32(step)) for step in (2**30, 2**31 - 1))
+    return last if concrete(late) == concrete(last) else None
 
 
 def value_at(value: Any, step: Any) -> Any:
@@ -178,11 +189,8 @@ def check_reserved(ratio: Any, reserved: int, total: int, floor: str) -> None:
 
     Of a schedule the first and the last value are looked at.
     """
-    values = [ratio] if reserved else []
-    if reserved and callable(ratio):
-        with jax.ensure_compile_time_eval():
-            values = [ratio(jnp.int32(step)) for step in (0, 2**31 - 1)]
-    for value in map(concrete, values):
+    values = [first_value(ratio), last_value(ratio)] if reserved else []
+    for value in (concrete(value) for value in values if value is not None):
         if value is None or total - round(Fraction(value) * total) >= reserved:
             continue
         raise ValueError(

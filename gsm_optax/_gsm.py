@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gsm_optax._checks import check_decay, check_momentum, value_at
@@ -302,16 +303,31 @@ def _warn_of_half_precision(flags: Any, params: Any) -> None:
 
 
 def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, with updates in the dtypes of the gradients, and state in those of old.
+    """The same, with updates in the dtypes of gradients or parameters, state as of old.
 
     A float32 scalar, such as a scheduled decay, would make float32 of half precision.
+    Of gradient and parameter the wider one counts: decay would vanish in a float16.
     """
 
     def update_fn(updates, state, params=None):
         new_updates, new_state = tx.update(updates, state, params)
-        return _as(new_updates, updates), _as(new_state, state)
+        return _as(new_updates, _wider(updates, params)), _as(new_state, state)
 
     return optax.GradientTransformation(tx.init, update_fn)
+
+
+def _wider(updates: Any, params: Any) -> Any:
+    """Shapes and dtypes of updates, of which those of the parameters may be wider."""
+    if params is None:
+        return updates
+
+    def wider(update, param):
+        if update is None or not is_inexact(update):
+            return update
+        dtype = np.promote_types(update.dtype, jnp.result_type(param))
+        return jax.ShapeDtypeStruct(update.shape, dtype)
+
+    return jax.tree.map(wider, updates, params, is_leaf=lambda x: x is None)
 
 
 def _as(new: Any, old: Any) -> Any:

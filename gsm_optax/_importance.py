@@ -100,13 +100,12 @@ def magnitude_importance(param: jax.Array, grad: jax.Array) -> jax.Array:
 
     Args:
         param: a parameter leaf, any shape.
-        grad: its gradient, same shape; not used.
+        grad: its gradient, same shape; only NaN counts, and stays one.
 
     Returns:
         Scores, same shape, real.
     """
-    del grad
-    return jnp.abs(param)
+    return jnp.where(jnp.isnan(grad), jnp.nan, jnp.abs(param))
 
 
 def gradient_importance(param: jax.Array, grad: jax.Array) -> jax.Array:

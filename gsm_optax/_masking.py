@@ -20,6 +20,7 @@ from gsm_optax._checks import (
     check_smoothing,
     concrete,
     first_value,
+    last_value,
     value_at,
 )
 from gsm_optax._churn import track
@@ -97,7 +98,8 @@ def mask_by_importance(
     to 7 of Ding et al., 2019). Entries that tie with the threshold are all active; a
     score of zero is active only if :math:`Q = N`, so a pruned weight stays pruned; a
     NaN score is always active, so that it shows. Leaves that are not prunable keep
-    their whole gradient. Updates keep their dtype; scores are float32.
+    their whole gradient. Updates keep their dtype, or with `passive_decay` have that of
+    the parameter where it is wider; scores are float32.
 
     This is the selection alone. Decay and momentum make it prune: see `gsm`. It goes
     before any optimizer: `optax.chain(mask_by_importance(0.9), optax.adamw(1e-3))`.
@@ -223,6 +225,8 @@ def mask_by_importance(
             pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
             total = pool.most
             check_kept(first_ratio, total)
+            if (last := last_value(ratio)) is not None:
+                check_kept(concrete(last), total)
             check_reserved(ratio, pool.reserved, total, pool.floor)
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
@@ -250,6 +254,7 @@ def mask_by_importance(
             )
         flags = flags_in(params)
         check_marks(state.prunable, flags, params)
+        _check_holds(state, smoothing, scheduled, track_churn)
         grads, taking, places, pairs, treedef = _split(updates, params, flags)
         check_axis_name(pairs, axis_name)
         parts = None if trainable is None else flags_of(trainable, updates, taking)
@@ -263,7 +268,8 @@ def mask_by_importance(
         found, active = pool.choose(scores, kept, state.threshold)  # B
         rest = _decayed(value_at(passive_decay, state.step), pairs, parts)
         for i, mask, (_, grad), other in zip(taking, active, pairs, rest, strict=True):
-            grads[i] = jnp.where(mask, grad, other)  # B ∘ g
+            wide = grad.astype(getattr(other, "dtype", grad.dtype))
+            grads[i] = jnp.where(mask, wide, other)  # B ∘ g
 
         new_state = state._replace(
             threshold=found.threshold,
@@ -279,6 +285,23 @@ def mask_by_importance(
         return jax.tree.unflatten(treedef, grads), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_holds(
+    state: MaskByImportanceState, smoothing: Any, scheduled: bool, track_churn: bool
+) -> None:
+    """Raise `ValueError` if a state lacks what these settings keep in it."""
+    needed = {
+        "smoothing": (concrete(smoothing) not in (0, None), state.average),
+        "a schedule of ratio or passive_decay": (scheduled, state.step),
+        "track_churn": (track_churn, state.active),
+    }
+    for name, (is_needed, held) in needed.items():
+        if is_needed and held is None:
+            raise ValueError(
+                f"this state is of an optimizer without {name}, and has no place for "
+                "it. Begin with a new one, tx.init(params), or keep the settings."
+            )
 
 
 def _averaged(
@@ -304,10 +327,14 @@ def _averaged(
 def _decayed(
     decay: Any, pairs: Sequence[Pair], parts: Sequence[jax.Array] | None
 ) -> list[Any]:
-    """What passive entries get in every leaf: zero, or so much of the parameter."""
+    """What passive entries get in every leaf: zero, or so much of the parameter.
+
+    In its dtype, where that is the wider one: in float16 decay would vanish.
+    """
     if decay is None:
         return [0] * len(pairs)
-    rest = [(jnp.asarray(decay, x.dtype) * x).astype(g.dtype) for x, g in pairs]
+    wider = lambda x, g: np.promote_types(x.dtype, g.dtype)
+    rest = [(jnp.asarray(decay, x.dtype) * x).astype(wider(x, g)) for x, g in pairs]
     if parts is None:
         return rest
     return [jnp.where(part, x, 0) for part, x in zip(parts, rest, strict=True)]
@@ -337,7 +364,13 @@ def _split(
     # search and in the mask; behind the barrier both read the same bits. (One barrier
     # for both, and until jax 0.10 the parameter differs wherever the gradient does.)
     hold = jax.lax.optimization_barrier
-    pairs = [(hold(by_leaf[i]), hold(grads[i])) for i in taking]
+    for i in taking:
+        if jnp.shape(grads[i]) != jnp.shape(by_leaf[i]):
+            raise ValueError(
+                f"a gradient has shape {list(jnp.shape(grads[i]))}, and its parameter "
+                f"{list(jnp.shape(by_leaf[i]))}."
+            )
+    pairs = [(hold(jnp.asarray(by_leaf[i])), hold(grads[i])) for i in taking]
     return grads, taking, [numbers[i] for i in taking], pairs, treedef
 
 

@@ -18,8 +18,8 @@ Prunable = bool | Callable[[Any], Any] | Any
 
 _KERNELS = {"kernel", "embedding"}
 _WEIGHTS = {"weight", "w"}
-_NEVER = {"bias", "scale", "offset", "beta", "gamma", "mean", "var"}
-_NORMS = {"ln", "bn", "gn"}
+_NEVER = {"bias", "scale", "offset", "beta", "gamma", "mean", "var", "zero"}
+_NORMS = {"ln", "bn", "gn", "rms"}
 
 RULE = (
     "By default these are floating-point leaves of rank 2 or more that are named "
@@ -45,12 +45,15 @@ def kernels(params: Any) -> Any:
     Never taken are
 
     * integers, bools and PRNG keys;
-    * leaves named `bias`, `scale`, `offset`, `beta`, `gamma`, `mean` or `var`
-      (`in_bias` and `scales` too), and `b` beside a `w`, whatever their rank, so that
-      biases of attention heads and what `nn.scan` or `nnx.vmap` have stacked stay;
-    * anything but kernels and embeddings under a name that says norm (`norm1`,
-      `LayerNorm_0`, `ln_f`, `bn`), and a `weight` of the shape of its `bias`, as
-      equinox's normalisations have.
+    * leaves named `bias`, `scale`, `offset`, `beta`, `gamma`, `mean`, `var` or `zero`
+      (`in_bias`, `scales` and `zero_point` too), and `b` beside a `w`, whatever their
+      rank, so that biases of attention heads and what `nn.scan` or `nnx.vmap` have
+      stacked stay;
+    * anything but kernels and embeddings under a name that says norm, or of such a name
+      (`norm1`, `LayerNorm_0`, `ln_f`, `bn`, `q_norm`), and a `weight` of the shape of
+      its `bias`, as equinox's normalisations have.
+
+    Of a name with dots or slashes, `layers.0.norm.weight`, the parts count.
 
     `print(sparsity_report(params))` shows what that comes to.
 
@@ -68,27 +71,30 @@ def kernels(params: Any) -> Any:
     """
     leaves, treedef = jax.tree.flatten(params)
     key_name = lambda key: jax.tree_util.keystr((key,), simple=True)
-    paths = [tuple(map(key_name, path)) for path in leaf_paths(params)]
+    paths = [
+        tuple(re.split("[./]", "/".join(map(key_name, path)).lower()))
+        for path in leaf_paths(params)
+    ]
     shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
     flags = [
-        is_inexact(leaf) and _is_kernel(path, shapes)
+        is_inexact(leaf) and _is_kernel(path, jnp.shape(leaf), shapes)
         for path, leaf in zip(paths, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, flags)
 
 
-def _is_kernel(path: tuple[str, ...], shapes: dict[tuple[str, ...], Any]) -> bool:
+def _is_kernel(
+    path: tuple[str, ...], shape: Any, shapes: dict[tuple[str, ...], Any]
+) -> bool:
     """The rule of `kernels`; `shapes` holds those of all leaves, by their paths."""
-    *parents, name = path or ("",)
-    shape, words = shapes[path], _words(name)
+    *parents, name = path
+    words = _words(name)
     beside = lambda other: shapes.get((*parents, other))
     if words & _NEVER or (name[:1] == "b" and beside(f"w{name[1:]}") is not None):
         return False
     if words & _KERNELS:
         return len(shape) >= 2
-    if any(
-        word.endswith("norm") or word in _NORMS for p in parents for word in _words(p)
-    ):
+    if any(word.endswith("norm") or word in _NORMS for p in path for word in _words(p)):
         return False
     if words & _WEIGHTS:
         return len(shape) >= 2 and shape != beside("bias")
@@ -97,7 +103,7 @@ def _is_kernel(path: tuple[str, ...], shapes: dict[tuple[str, ...], Any]) -> boo
 
 def _words(name: str) -> set[str]:
     """The words of a name: `LayerNorm_0` has layernorm, `in_scales` in and scale."""
-    words = re.findall("[a-z]+", name.lower())
+    words = re.findall("[a-z]+", name)
     return {*words, *(word.removesuffix("s") for word in words)}
 
 

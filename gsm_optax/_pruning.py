@@ -176,13 +176,16 @@ def prune(
 
     To train on after it, begin with a fresh state, `opt_state = tx.init(params)`: the
     old one has momentum for the pruned entries, which moves them all at the next step.
-    From a fresh one `gsm` leaves them at zero (under importances that are zero where
-    the weight is, as the default), and so does any optimizer with `freeze_pruned` last
-    in its chain. A fresh state begins its schedules anew. To keep them, and the
-    momentum of the rest, clear that of the pruned entries with their `magnitude_mask`::
+    From a fresh one `gsm` leaves them at zero, under importances that are zero where
+    the weight is, as the default, and a ratio above zero. A fresh state begins its
+    schedules anew: with a `ratio_ramp` everything is active at first, and zeros grow
+    back. `freeze_pruned`, last in the chain of any optimizer, holds them in any case.
+    To go on with the schedules, and the momentum of the rest, clear that of the pruned
+    entries with their `magnitude_mask`::
 
-        clear = lambda m, kept: jnp.where(kept, m, jnp.zeros_like(m))
-        opt_state = optax.tree.map_params(tx, clear, opt_state, mask)
+        is_hole = lambda x: isinstance(x, optax.MaskedNode)
+        clear = lambda m, kept: m if is_hole(m) else jnp.where(kept, m, 0 * m)
+        opt_state = optax.tree.map_params(tx, clear, opt_state, mask, is_leaf=is_hole)
 
     Args:
         params: pytree of arrays, any shapes and dtypes.

@@ -267,3 +267,26 @@ def test_bad_arguments_are_refused_when_built(kwargs, message):
         gsm(**{"ratio": 0.5} | kwargs)
     with pytest.raises(ValueError, match=message):
         gsm_sgd(0.1, **{"ratio": 0.5} | kwargs)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("passive_decay", [None, 0.05])
+def test_half_precision_gradients_do_not_hold_up_the_decay(passive_decay):
+    """Of float32 parameters, which keep what a passive weight loses at a step."""
+    decay = {"weight_decay": 1e-3 if passive_decay else 0.05}
+    tx = gsm_sgd(0.1, 0.5, momentum=0.9, passive_decay=passive_decay, **decay)
+
+    def run(dtype):
+        params = jnp.array([[1.0, 2.0], [1e-3, 1e-3]])
+        grads, state = jnp.array([[0.1, 0.1], [0, 0]], dtype), tx.init(params)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        (params, _), updates = jax.lax.scan(step, (params, state), length=400)
+        assert updates.dtype == jnp.float32
+        return params[1]
+
+    np.testing.assert_allclose(run(jnp.float16), run(jnp.float32), rtol=1e-3)

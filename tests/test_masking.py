@@ -20,7 +20,9 @@ from gsm_optax import (
     magnitude_mask,
     mask_by_importance,
     prune,
+    ratio_ramp,
     taylor_importance,
+    tempered_importance,
 )
 
 pytestmark = pytest.mark.optimize(False)
@@ -115,11 +117,27 @@ def test_nan_reaches_the_parameters():
     assert jnp.isnan(updates[0, :2]).all()
     assert (updates[1:] == 0).all()
     # Q = 0, as only a ratio that changes in training may ask for.
-    tx = mask_by_importance(optax.linear_schedule(0.5, 0.999, 1))
+    tx = mask_by_importance(lambda step: jnp.where(step % 2, 0.999, 0.5))
     state = tx.init(params)._replace(step=jnp.int32(1))
     updates, state = tx.update(grads, state, params)
     assert jnp.isnan(updates[0, :2]).all()
     assert (state.num_kept, state.threshold) == (0, jnp.inf)  # not NaN, a false alarm
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [
+        magnitude_importance,
+        *map(tempered_importance, (0, 0.3, 0.5)),
+        gradient_importance,
+    ],
+)
+def test_nan_gradients_are_active_under_any_importance(importance):
+    params = jnp.arange(1.0, 101).reshape(10, 10)
+    grads = jnp.ones((10, 10)).at[0, 0].set(jnp.nan)
+    tx = mask_by_importance(0.9, importance=importance)
+    updates, _ = first_step(tx, grads, params)
+    assert jnp.isnan(updates[0, 0])
 
 
 def test_infinite_times_zero_is_not_hidden():
@@ -207,6 +225,37 @@ def test_a_compression_as_ratio_gets_a_remedy():
 def test_ratio_of_another_type_is_refused(ratio):
     with pytest.raises(ValueError, match="must be a number in"):
         mask_by_importance(ratio)
+
+
+@pytest.mark.promotes
+def test_a_schedule_is_refused_for_where_it_ends():
+    falling_in = optax.linear_schedule(0, 95, 10)
+    with pytest.raises(ValueError, match="as the schedule ends,=95 is outside"):
+        mask_by_importance(falling_in)
+    with pytest.raises(ValueError, match=r"ratio=0.99 keeps none of the 48"):
+        mask_by_importance(ratio_ramp(0.99, 10)).init(jnp.ones((6, 8)))
+    mask_by_importance(lambda step: step / 1000)  # has no end
+
+
+@pytest.mark.promotes
+def test_a_state_of_other_settings_is_refused():
+    params = jnp.arange(1.0, 7).reshape(2, 3)
+    state = mask_by_importance(0.5).init(params)
+    for name, tx in {
+        "smoothing": mask_by_importance(0.5, smoothing=0.9),
+        "a schedule": mask_by_importance(ratio_ramp(0.5, 10)),
+        "track_churn": mask_by_importance(0.5, track_churn=True),
+    }.items():
+        with pytest.raises(ValueError, match=f"without {name}"):
+            tx.update(params, state, params)
+    averaged = mask_by_importance(0.5, smoothing=0.9).init(params)
+    mask_by_importance(0.5).update(params, averaged, params)
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    tx, params = mask_by_importance(0.5), jnp.ones((4, 5))
+    with pytest.raises(ValueError, match=r"gradient has shape \[5\].*\[4, 5\]"):
+        tx.update(jnp.ones(5), tx.init(params), params)
 
 
 def test_update_without_params_is_refused():

@@ -114,6 +114,28 @@ TREES = {  # the tree, and all that is prunable of it
         },
         {"w1", "lora/a", "lora/b", "embedding"},
     ),
+    "norms by their own name": (
+        lambda: {
+            **{name: jnp.ones((4, 8)) for name in ("attention_norm", "ln1", "RMS")},
+            **{"q_norm": jnp.ones((4, 2, 8)), "normal": jnp.ones((4, 8))},
+            "quantised": {"zero_point": jnp.ones((4, 8)), "w": jnp.ones((4, 8), int)},
+        },
+        {"normal"},
+    ),
+    "flat names": (
+        lambda: {
+            "layers.0.mlp.weight": jnp.ones((4, 8)),
+            "layers.input_layernorm.weight": jnp.ones((4, 8)),
+            "norm.weight": jnp.ones((4, 8)),
+            "conv/weight": jnp.ones((4, 8)),
+            "norm/w": jnp.ones((4, 8)),
+        },
+        {"layers.0.mlp.weight", "conv/weight"},
+    ),
+    "capitals": (
+        lambda: {"W1": jnp.ones((3, 8)), "B1": jnp.ones((3, 8)), "b": jnp.ones((3, 8))},
+        {"W1", "b"},
+    ),
 }
 
 

@@ -207,8 +207,12 @@ def test_donating_the_state_leaves_the_callers_mask_alive():
 # Training on after pruning
 
 
+def is_hole(x):
+    return isinstance(x, optax.MaskedNode)
+
+
 def clear(m, kept):
-    return jnp.where(kept, m, jnp.zeros_like(m))
+    return m if is_hole(m) else jnp.where(kept, m, 0 * m)
 
 
 WAYS = {
@@ -217,7 +221,7 @@ WAYS = {
     "cleared momentum": (
         lambda tx, mask, state, params: (
             tx,
-            optax.tree.map_params(tx, clear, state, mask),
+            optax.tree.map_params(tx, clear, state, mask, is_leaf=is_hole),
         ),
         0.2,
     ),
@@ -250,6 +254,32 @@ def test_what_keeps_the_zeros_of_pruning_in_mid_training(way):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert jnp.count_nonzero(params["kernel"]) == density * 2000
+
+
+WITH_HOLES = {
+    "smoothing": gsm_sgd(0.1, 0.75, smoothing=0.9),
+    "churn": gsm_sgd(0.1, 0.75, track_churn=True),
+    "masked": optax.masked(gsm_sgd(0.1, 0.75), {"kernel": True, "bias": False}),
+    "partition": optax.partition(
+        {"gsm": gsm_sgd(0.1, 0.75), "adam": optax.adam(0.1)},
+        {"kernel": "gsm", "bias": "adam"},
+    ),
+}
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("name", WITH_HOLES)
+def test_momentum_is_cleared_in_states_with_holes(name):
+    """By the lines of the docstring of `prune`."""
+    tx, params = WITH_HOLES[name], {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}
+    params["kernel"] = jnp.arange(1.0, 9).reshape(2, 4)
+    _, state = tx.update(params, tx.init(params), params)
+    mask = magnitude_mask(params, 0.75)
+    state = optax.tree.map_params(tx, clear, state, mask, is_leaf=is_hole)
+    is_like = lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype)
+    trace = next(x for x in jax.tree.leaves(state) if is_like(x, params["kernel"]))
+    assert (trace[~mask["kernel"]] == 0).all()
+    assert (trace[mask["kernel"]] != 0).all()
 
 
 # Trees with holes
