@@ -141,7 +141,7 @@ BETWEEN = {
     "tile": (lambda h, p: jnp.tile(h, (1, 2)).reshape(4, 2, -1).sum(1), [6]),
     "device put": (lambda h, p: jax.device_put(h), [6]),
     "reduce precision": (lambda h, p: lax.reduce_precision(h, 5, 3), [6]),
-    "one minus square": (lambda h, p: jax.grad(lambda h: jnp.tanh(h).sum())(h), [6]),
+    "one minus square": (lambda h, p: jax.jvp(jnp.tanh, (h,), (h,))[1], [6]),
     "head by index": (
         lambda h, p: jnp.concatenate([h[:, :2], h[:, 4:], h[:, 2:4]], -1),
         [2],
