@@ -255,7 +255,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Returns:
         A float32 scalar in [0, 1], the `mask_overlap` of the two halves; NaN if all
-        weights are zero.
+        weights are zero, or one is NaN.
 
     Raises:
         ValueError: if the shapes differ.
@@ -267,7 +267,8 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
         >>> print(structural_similarity(a, b))
         0.5
     """
-    return mask_overlap(_larger_half(a), _larger_half(b))
+    value = mask_overlap(_larger_half(a), _larger_half(b))
+    return jnp.where(jnp.isnan(a).any() | jnp.isnan(b).any(), jnp.nan, value)
 
 
 def _larger_half(weights: jax.Array) -> jax.Array:
@@ -282,7 +283,13 @@ def _number(mask: jax.Array) -> jax.Array:
 
 def _rows(x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
     """Return both as float32 matrices of equally many rows, or raise `ValueError`."""
-    x, y = (jnp.asarray(a).astype(jnp.float32) for a in (x, y))
+    x, y = map(jnp.asarray, (x, y))
+    if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
+        raise ValueError(
+            f"x is {x.dtype} and y {y.dtype}, but this is for real numbers: give the "
+            "parts side by side, jnp.concatenate([x.real, x.imag], 1)."
+        )
+    x, y = (a.astype(jnp.float32) for a in (x, y))
     shapes = x.shape, y.shape
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
         raise ValueError(

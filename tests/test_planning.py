@@ -109,6 +109,34 @@ def test_underdamped_runs_are_not_promised_more_than_happens(arguments, simulate
     assert budget.remaining == pytest.approx(np.exp(-budget.total))
 
 
+@pytest.mark.parametrize(
+    ("period", "momentum", "decay"),
+    [(16, 0.95, 1.0), (117, 0.95, 0.3), (80, 0.98, 0.3), (300, 0.95, 0.3)],
+)
+def test_cycles_that_feed_the_swings_are_not_promised_to_shrink(
+    period, momentum, decay
+):
+    """Parametric resonance: weights grow, or shrink less, where each step shrinks."""
+    steps = 1500
+    rates = 0.1 * (1 - np.abs(2 * (np.arange(steps) % period) / period - 1))
+    weight, trace, left = 1.0, 0.0, []
+    for rate in rates:  # the equations of the paper
+        trace = momentum * trace + 0.1 * decay * weight
+        weight -= rate * trace
+        left.append(abs(weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        total = decay_budget(
+            lambda step: jnp.asarray(rates)[step],
+            steps,
+            momentum=momentum,
+            weight_decay=0.1 * decay,
+        ).total
+    happens = -np.log(max(left[-75:]))
+    assert total < happens + 3
+    assert total > happens - 3
+
+
 def test_the_passive_decay_is_the_one_that_counts():
     """In the sum, in what gsm_sgd leaves of a weight, and in the advice."""
     options = {"momentum": 0.9, "weight_decay": 1e-5, "passive_decay": 0.005}
