@@ -237,7 +237,7 @@ def _has_cycles(plan: _Plan) -> bool:
     """Whether αη rises and falls more than twice."""
     slopes = np.sign(np.diff(plan.learning_rates * plan.decays))
     slopes = slopes[slopes != 0]
-    return np.count_nonzero(slopes[1:] != slopes[:-1]) > 4
+    return int(np.count_nonzero(slopes[1:] != slopes[:-1])) > 4
 
 
 def _simulated(plan: _Plan) -> float:

@@ -270,7 +270,7 @@ def test_structural_similarity_of_simple_layers():
 
 def test_what_is_no_real_number_is_not_passed_over():
     x = jnp.ones((20, 3), jnp.complex64)
-    with pytest.raises(ValueError, match="x is complex64.*parts side by side"):
+    with pytest.raises(ValueError, match=r"x is complex64.*parts side by side"):
         linear_cka(x, x)
     weights = jnp.arange(1.0, 11)
     assert jnp.isnan(structural_similarity(weights.at[0].set(jnp.nan), weights))
