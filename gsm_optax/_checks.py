@@ -30,7 +30,7 @@ def check_ratio(ratio: Any, name: str = "ratio") -> None:
     at_first = f"{name}(0)" if callable(ratio) else name
     _check_ratio_value(first_value(ratio), at_first)
     if (last := last_value(ratio)) is not None:
-        _check_ratio_value(last, f"{name}, as the schedule ends,")
+        _check_ratio_value(last, f"{name}(end)")
 
 
 def first_value(value: Any) -> Any:
@@ -47,7 +47,9 @@ def last_value(value: Any) -> Any:
         return None
     with jax.ensure_compile_time_eval():
         late, last = (value(jnp.int32(step)) for step in (2**30, 2**31 - 1))
-    return last if concrete(late) == concrete(last) else None
+    # One that goes on for ever may be infinite there.
+    is_end = concrete(late) == concrete(last) and bool(jnp.isfinite(last))
+    return last if is_end else None
 
 
 def value_at(value: Any, step: Any) -> Any:

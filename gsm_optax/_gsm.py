@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gsm_optax._checks import check_decay, check_momentum, value_at
 from gsm_optax._importance import Importance
-from gsm_optax._masking import mask_by_importance
+from gsm_optax._masking import mask_by_importance, wider_dtype
 from gsm_optax._paths import leaf_names
 from gsm_optax._placement import AxisName
 from gsm_optax._prunable import Prunable, is_inexact, prunable_tree
@@ -324,8 +323,7 @@ def _wider(updates: Any, params: Any) -> Any:
     def wider(update, param):
         if update is None or not is_inexact(update):
             return update
-        dtype = np.promote_types(update.dtype, jnp.result_type(param))
-        return jax.ShapeDtypeStruct(update.shape, dtype)
+        return jax.ShapeDtypeStruct(update.shape, wider_dtype(param, update))
 
     return jax.tree.map(wider, updates, params, is_leaf=lambda x: x is None)
 

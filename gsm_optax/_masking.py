@@ -333,11 +333,18 @@ def _decayed(
     """
     if decay is None:
         return [0] * len(pairs)
-    wider = lambda x, g: np.promote_types(x.dtype, g.dtype)
-    rest = [(jnp.asarray(decay, x.dtype) * x).astype(wider(x, g)) for x, g in pairs]
+    rest = [
+        (jnp.asarray(decay, x.dtype) * x).astype(wider_dtype(x, g)) for x, g in pairs
+    ]
     if parts is None:
         return rest
     return [jnp.where(part, x, 0) for part, x in zip(parts, rest, strict=True)]
+
+
+def wider_dtype(param: Any, grad: Any) -> Any:
+    """The dtype of more bits; that of the gradient if they have as many."""
+    bits = lambda x: jnp.finfo(jnp.result_type(x)).bits
+    return jnp.result_type(param if bits(param) > bits(grad) else grad)
 
 
 def _split(

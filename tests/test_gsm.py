@@ -1,5 +1,6 @@
 """gsm and gsm_sgd against the paper's equations and against optax."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -290,3 +291,15 @@ def test_half_precision_gradients_do_not_hold_up_the_decay(passive_decay):
         return params[1]
 
     np.testing.assert_allclose(run(jnp.float16), run(jnp.float32), rtol=1e-3)
+
+
+@pytest.mark.promotes
+def test_gradients_of_another_half_precision_keep_theirs():
+    tx = gsm_sgd(0.1, 0.5, passive_decay=0.05)
+    params = jnp.ones((2, 3), jnp.bfloat16)
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of half precision
+            state = tx.init(params)
+        updates, _ = tx.update(params.astype(dtype), state, params)
+        assert updates.dtype == dtype

@@ -230,11 +230,12 @@ def test_ratio_of_another_type_is_refused(ratio):
 @pytest.mark.promotes
 def test_a_schedule_is_refused_for_where_it_ends():
     falling_in = optax.linear_schedule(0, 95, 10)
-    with pytest.raises(ValueError, match="as the schedule ends,=95 is outside"):
+    with pytest.raises(ValueError, match=r"ratio\(end\)=95 is outside"):
         mask_by_importance(falling_in)
     with pytest.raises(ValueError, match=r"ratio=0.99 keeps none of the 48"):
         mask_by_importance(ratio_ramp(0.99, 10)).init(jnp.ones((6, 8)))
     mask_by_importance(lambda step: step / 1000)  # has no end
+    mask_by_importance(lambda step: (step / 10.0) ** 5)  # nor this, which overflows
 
 
 @pytest.mark.promotes

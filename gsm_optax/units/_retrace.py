@@ -71,7 +71,8 @@ def _kinds(families: Sequence[Family], group: list[int]) -> list[list[int]]:
     kinds: dict[Any, list[int]] = {}
     for i in group:
         names = [(re.sub(r"\d+", "", s.path), s.axis) for s in families[i].slices]
-        kinds.setdefault(tuple(sorted(names)), []).append(i)
+        kind = families[i].size, *sorted(names)
+        kinds.setdefault(kind, []).append(i)
     return list(kinds.values())
 
 
