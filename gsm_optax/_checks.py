@@ -47,8 +47,9 @@ def last_value(value: Any) -> Any:
         return None
     with jax.ensure_compile_time_eval():
         late, last = (value(jnp.int32(step)) for step in (2**30, 2**31 - 1))
+    end = concrete(last)
     # One that goes on for ever may be infinite there.
-    is_end = concrete(late) == concrete(last) and bool(jnp.isfinite(last))
+    is_end = end is not None and end == concrete(late) and math.isfinite(end)
     return last if is_end else None
 
 

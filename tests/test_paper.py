@@ -41,6 +41,7 @@ def test_kernel_entries_are_those_of_the_paper():
         "lenet_300_100": 266_200,
         "lenet5": 430_500,
         "resnet8": 77_072,
+        "resnet20": 67_848,
         "resnet56": 851_504,
         "densenet40": 1_001_616,
         "resnet50": 25_502_912,
