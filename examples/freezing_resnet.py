@@ -11,6 +11,7 @@ same training FLOPs. Prints a table for each ratio, and writes a figure and a JS
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -104,7 +105,7 @@ def optimizer(plan):
     return freeze_blocks(tx, lambda step: plan["frozen"][step], BLOCKS)
 
 
-@jax.jit(static_argnames="graph", donate_argnames=("net", "state"))
+@partial(jax.jit, static_argnames="graph", donate_argnames=("net", "state"))
 def train_epoch(graph, net, state, x, y, rows, plan):
     """Take one step for each row of indices."""
     tx = optimizer(plan)
