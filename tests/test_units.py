@@ -81,6 +81,9 @@ def grouped_norm(h):
     return (pairs - pairs.mean(-1, keepdims=True)).reshape(4, -1)
 
 
+# Where jax has no primitive for it, repetitions are followed instead of the features.
+HAS_TILE = "tile" in str(jax.make_jaxpr(lambda x: jnp.tile(x, (1, 2)))(np.ones((1, 2))))
+
 # What goes between a layer of 6 neurons and the next; the number of families that come
 # of it, which is 0 where a naive rule would find one that is none.
 BETWEEN = {
@@ -138,7 +141,10 @@ BETWEEN = {
     "stack behind": (lambda h, p: jnp.stack([h, p["b"] + 0 * h], -1).mean(-1), [6]),
     "unstack": (lambda h, p: sum(jnp.unstack(jnp.stack([h, 2 * h], 1), axis=1)), [6]),
     "unstack features": (lambda h, p: jnp.stack(jnp.unstack(h, axis=1), 1), []),
-    "tile": (lambda h, p: jnp.tile(h, (1, 2)).reshape(4, 2, -1).sum(1), [6]),
+    "tile": (
+        lambda h, p: jnp.tile(h, (1, 2)).reshape(4, 2, -1).sum(1),
+        [6] if HAS_TILE else [],
+    ),
     "device put": (lambda h, p: jax.device_put(h), [6]),
     "reduce precision": (lambda h, p: lax.reduce_precision(h, 5, 3), [6]),
     "one minus square": (lambda h, p: jax.jvp(jnp.tanh, (h,), (h,))[1], [6]),
