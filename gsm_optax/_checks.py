@@ -77,10 +77,22 @@ def _check_ratio_value(ratio: Any, name: str) -> None:
         raise ValueError(f"{name}={value:g} is outside [0, 1). {_ratio_remedy(value)}")
 
 
-def check_kept(ratio: float | None, total: int) -> None:
-    """Raise `ValueError` if a known ratio keeps none of so many entries."""
-    if ratio is None or total > round(Fraction(ratio) * total):
+def _known_values(ratio: Any) -> list[float]:
+    """What is known of a ratio: its value, or of a schedule the first and the last."""
+    values = [first_value(ratio), last_value(ratio)]
+    known = [None if value is None else concrete(value) for value in values]
+    return [value for value in known if value is not None]
+
+
+def check_kept(ratio: Any, total: int) -> None:
+    """Raise `ValueError` if a known ratio keeps none of so many entries.
+
+    Of a schedule the first and the last value are looked at.
+    """
+    few = [x for x in _known_values(ratio) if total <= round(Fraction(x) * total)]
+    if not few:
         return
+    ratio = few[0]
     remedy = (
         f"At most ratio={(total - 1) / total:.9g} (1-1/{total}) keeps one; or do more "
         "leaves belong to prunable=?"
@@ -192,9 +204,8 @@ def check_reserved(ratio: Any, reserved: int, total: int, floor: str) -> None:
 
     Of a schedule the first and the last value are looked at.
     """
-    values = [first_value(ratio), last_value(ratio)] if reserved else []
-    for value in (concrete(value) for value in values if value is not None):
-        if value is None or total - round(Fraction(value) * total) >= reserved:
+    for value in _known_values(ratio) if reserved else []:
+        if total - round(Fraction(value) * total) >= reserved:
             continue
         raise ValueError(
             f"ratio={value:g} keeps {total - round(Fraction(value) * total)} of "

@@ -20,7 +20,6 @@ from gsm_optax._checks import (
     check_smoothing,
     concrete,
     first_value,
-    last_value,
     value_at,
 )
 from gsm_optax._churn import track
@@ -224,9 +223,7 @@ def mask_by_importance(
             leaves = list(map(jax.typeof, jax.tree.leaves(params)))
             pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
             total = pool.most
-            check_kept(first_ratio, total)
-            if (last := last_value(ratio)) is not None:
-                check_kept(concrete(last), total)
+            check_kept(ratio, total)
             check_reserved(ratio, pool.reserved, total, pool.floor)
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
@@ -268,8 +265,7 @@ def mask_by_importance(
         found, active = pool.choose(scores, kept, state.threshold)  # B
         rest = _decayed(value_at(passive_decay, state.step), pairs, parts)
         for i, mask, (_, grad), other in zip(taking, active, pairs, rest, strict=True):
-            wide = grad.astype(getattr(other, "dtype", grad.dtype))
-            grads[i] = jnp.where(mask, wide, other)  # B ∘ g
+            grads[i] = jnp.where(mask, grad.astype(other.dtype), other)  # B ∘ g
 
         new_state = state._replace(
             threshold=found.threshold,
@@ -332,7 +328,7 @@ def _decayed(
     In its dtype, where that is the wider one: in float16 decay would vanish.
     """
     if decay is None:
-        return [0] * len(pairs)
+        return [jnp.zeros((), g.dtype) for _, g in pairs]
     rest = [
         (jnp.asarray(decay, x.dtype) * x).astype(wider_dtype(x, g)) for x, g in pairs
     ]

@@ -11,7 +11,6 @@ from gsm_optax._checks import (
     check_kept,
     check_ratio,
     check_reserved,
-    concrete,
 )
 from gsm_optax._entries import Entries
 from gsm_optax._importance import magnitude_importance
@@ -99,7 +98,7 @@ def magnitude_mask(
         pool = Entries(pairs, min_kept=min_kept)
     else:
         pool = units.among(params, chosen, pairs, None, min_units)
-    check_kept(concrete(ratio), pool.most)
+    check_kept(ratio, pool.most)
     check_reserved(ratio, pool.reserved, pool.most, pool.floor)
     mask = [jnp.ones_like(x, bool) for x in leaves]
     kept = greatest(pool, num_kept(ratio, pool.total))
@@ -184,7 +183,8 @@ def prune(
     entries with their `magnitude_mask`::
 
         is_hole = lambda x: isinstance(x, optax.MaskedNode)
-        clear = lambda m, kept: m if is_hole(m) else jnp.where(kept, m, 0 * m)
+        zeroed = lambda m, kept: jnp.where(kept, m, jnp.zeros_like(m))
+        clear = lambda m, kept: m if is_hole(m) else zeroed(m, kept)
         opt_state = optax.tree.map_params(tx, clear, opt_state, mask, is_leaf=is_hole)
 
     Args:

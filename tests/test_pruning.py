@@ -212,7 +212,7 @@ def is_hole(x):
 
 
 def clear(m, kept):
-    return m if is_hole(m) else jnp.where(kept, m, 0 * m)
+    return m if is_hole(m) else jnp.where(kept, m, jnp.zeros_like(m))
 
 
 WAYS = {

@@ -44,11 +44,10 @@ def check_by_tracing(
     others = [i for i, primitive in enumerate(primitives) if not primitive]
     found = dict.fromkeys(range(len(families)), RAISES)
     for group in (multiplied, others):
-        if group and attempt(group) == SAME:
-            found.update(dict.fromkeys(group, SAME))
-            continue
-        for kind in _kinds(families, group):
-            _sort_out(kind, attempt(kind), attempt, found)
+        outcome = attempt(group) if group else SAME
+        for kind in [group] if outcome == SAME else _kinds(families, group):
+            own = outcome if kind == group else attempt(kind)
+            _sort_out(kind, own, attempt, found)
     traced = [i for i in found if found[i] == SAME]
     if traced and (multiplied or len(traced) < len(others)):  # not yet together
         found.update(dict.fromkeys(traced, attempt(traced)))
