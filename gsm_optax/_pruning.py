@@ -1,10 +1,13 @@
 """After training: exact global magnitude pruning, and keeping the zeros."""
 
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from gsm_optax._checks import (
     check_floors,
@@ -92,19 +95,44 @@ def magnitude_mask(
     min_kept, min_units = check_floors(min_kept, min_units, units)
     flags = _flags(params, prunable, opt_state, units)
     leaves, flags = list(map(jnp.asarray, leaves)), treedef.flatten_up_to(flags)
-    chosen = [i for i, flag in enumerate(flags) if flag]
-    pairs = [(leaves[i], leaves[i]) for i in chosen]
-    if units is None:
-        pool = Entries(pairs, min_kept=min_kept)
-    else:
-        pool = units.among(params, chosen, pairs, None, min_units)
+    params = jax.tree.unflatten(treedef, leaves)
+    places = tuple(i for i, flag in enumerate(flags) if flag)
+    choice = {
+        "places": places,
+        # Not to be kept alive, with their inputs, by what was compiled for them.
+        "units": units and weakref.ref(units),
+        "at_least": min_kept if units is None else min_units,
+    }
+    pool = _pool(params, **choice)
     check_kept(ratio, pool.most)
     check_reserved(ratio, pool.reserved, pool.most, pool.floor)
     mask = [jnp.ones_like(x, bool) for x in leaves]
-    kept = greatest(pool, num_kept(ratio, pool.total))
-    for i, own in zip(chosen, kept, strict=True):
+    on = [_sharding(leaves[i]) for i in places]
+    search = jax.jit(_greatest, static_argnames=tuple(choice), out_shardings=on)
+    kept = search(params, num_kept(ratio, pool.total), **choice)
+    for i, own in zip(places, kept, strict=True):
         mask[i] = own
     return jax.tree.unflatten(treedef, mask)
+
+
+def _pool(params: Any, places: Sequence[int], units: Any, at_least: int) -> Any:
+    """What is chosen among: entries or units of these leaves of the parameters."""
+    leaves = jax.tree.leaves(params)
+    pairs = [(leaves[i], leaves[i]) for i in places]
+    if units is None:
+        return Entries(pairs, min_kept=at_least)
+    return units().among(params, places, pairs, None, at_least)
+
+
+def _greatest(params: Any, kept: Words, **choice: Any) -> list[jax.Array]:
+    return greatest(_pool(params, **choice), kept)
+
+
+def _sharding(x: Any) -> Any:
+    """How the mask of a leaf is to be laid out over devices; None for any way."""
+    if isinstance(x, Tracer) or len(x.sharding.device_set) == 1:
+        return None
+    return x.sharding
 
 
 def _flags(

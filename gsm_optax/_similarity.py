@@ -271,6 +271,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(a).any() | jnp.isnan(b).any(), jnp.nan, value)
 
 
+@jax.jit
 def _larger_half(weights: jax.Array) -> jax.Array:
     weights = jnp.asarray(weights)
     half = (jnp.count_nonzero(weights).astype(jnp.int32) + 1) // 2

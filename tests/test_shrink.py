@@ -1,5 +1,7 @@
 """Units that add nothing go, and the network does what it did."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 import zoo
 from flax import nnx
 from jax import lax
+from trees import first_step
 from zoo import randomized, sample
 
 from gsm_optax import gsm_sgd, prune
@@ -310,7 +313,7 @@ def test_state_of_gsm_by_units_shrinks_too():
     units = find_units(fn, params, x)
     tx = gsm_sgd(1e-2, 0.5, units=units, smoothing=0.9)
     gradient = jax.grad(lambda params: (fn(params, x) ** 2).mean())
-    _, state = tx.update(gradient(params), tx.init(params), params)
+    _, state = first_step(tx, gradient(params), params)
     small, plan = shrink(prune(params, 0.6, units=units), units)
     shrunk = optax.tree.get(plan.apply(state), "average")
     for own, before, family in zip(
@@ -318,7 +321,24 @@ def test_state_of_gsm_by_units_shrinks_too():
     ):
         np.testing.assert_array_equal(own, before[family.kept])
     new = gsm_sgd(1e-2, 0.5, units=find_units(fn, small, x), smoothing=0.9)
-    new.update(gradient(small), plan.apply(state), small)
+    jax.jit(new.update)(gradient(small), plan.apply(state), small)
+
+
+def test_pruning_by_units_compiles_once_and_does_not_keep_them(caplog):
+    fn = lambda params, x: jnp.tanh(x @ params["w0"]) @ params["w1"] + params["b1"]
+    params, x = layers(3, 6, 2), sample((4, 3))
+    units = find_units(fn, params, x)
+    counts = []
+    with jax.log_compiles():
+        for ratio in (0.3, 0.6):
+            pruned = prune(params, ratio, units=units)
+            counts.append(caplog.text.count("Compiling"))
+    assert counts[0] == counts[1] > 0
+    assert not np.all(pruned["w0"], 0).all()
+    reference = weakref.ref(units)
+    del units
+    gc.collect()
+    assert reference() is None
 
 
 OPTIMIZERS = {

@@ -272,6 +272,13 @@ LAYOUT = {
 }
 
 
+def put_on(mesh, tree):
+    return {
+        name: jax.device_put(x, NamedSharding(mesh, LAYOUT.get(name, P())))
+        for name, x in tree.items()
+    }
+
+
 @pytest.mark.optimize(True)
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_any_mesh_chooses_as_one_device(mode):
@@ -295,15 +302,22 @@ def test_any_mesh_chooses_as_one_device(mode):
 
     wanted = run(draw(0), tx.init(draw(0)))
     with mesh_of(mode) as mesh:
-        put = lambda tree: {
-            name: jax.device_put(x, NamedSharding(mesh, LAYOUT.get(name, P())))
-            for name, x in tree.items()
-        }
+        put = partial(put_on, mesh)
         params = put(draw(0))
         state = place_scalars(tx.init(params), mesh)
         for got, want in zip(run(params, state, put), wanted, strict=True):
             assert_same(got, want)
             assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_pruning_equals_one_device_and_keeps_its_sharding(mode):
+    with mesh_of(mode) as mesh:
+        params = put_on(mesh, draw(0))
+        mask = magnitude_mask(params, 0.5, units=UNITS)
+    assert_same(mask, magnitude_mask(draw(0), 0.5, units=UNITS))
+    for name, leaf in mask.items():
+        assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim), name
 
 
 @pytest.mark.optimize(True)
