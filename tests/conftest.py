@@ -44,6 +44,9 @@ NOT_CORE = (
     "test_without_a_frozen_block_it_is_the_optimizer_itself",
 )
 
+# Files that take longest come first, so that no worker waits for the other at the end.
+LONG = ("test_unit_training", "test_shrink", "test_sharding", "test_smoothing")
+
 
 def pytest_collection_modifyitems(items):
     """Mark the core tests; of each file, the tests that are optimized come first."""
@@ -52,8 +55,10 @@ def pytest_collection_modifyitems(items):
         slow = item.get_closest_marker("slow") or name in NOT_CORE
         if item.path.stem.startswith(CORE) and not slow:
             item.add_marker("core")
-    files = {path: i for i, path in enumerate(dict.fromkeys(x.path for x in items))}
-    items.sort(key=lambda item: (files[item.path], not is_optimized(item)))
+    paths = sorted(
+        dict.fromkeys(x.path for x in items), key=lambda p: p.stem not in LONG
+    )
+    items.sort(key=lambda item: (paths.index(item.path), not is_optimized(item)))
 
 
 # Most of the time goes into compiling, and three quarters of that into LLVM's passes. A

@@ -17,7 +17,11 @@ def test_python_blocks_run(capsys):
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert "prunable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    before, after = re.findall(r"^prunable .*", printed, re.M)
+    assert (before.split()[-1], after.split()[-1]) == ("1.0x", "10.0x")
+    near_zero = float(re.search(r"^below 1e-8 .* ([\d.]+)%", printed, re.M)[1])
+    assert near_zero == pytest.approx(90, abs=1)  # nine in ten
 
 
 def test_files_and_figures_it_names_exist():
