@@ -142,7 +142,7 @@ def gsm(
             axis_name=axis_name,
         ),
         _keep_dtypes(_decay(weight_decay, prunable, units)),
-        _keep_dtypes(optax.trace(momentum, nesterov, accumulator_dtype)),
+        _keep_dtypes(_momentum(momentum, nesterov, accumulator_dtype)),
     )
 
 
@@ -274,10 +274,41 @@ def _decay(
             flags_in(params),
             is_leaf=lambda x: x is None,
         )
-        tx = optax.add_decayed_weights(weight_decay, mask=flags)
+        decay, is_scheduled = weight_decay, bool(jax.tree.leaves(state))
+        if callable(decay) and not is_scheduled:
+            raise ValueError(
+                "this state is of an optimizer without a schedule of weight_decay, and "
+                "has no place for its step. Begin with a new one, tx.init(params), or "
+                "keep the settings."
+            )
+        if is_scheduled and not callable(decay):
+            decay = lambda _: weight_decay  # the state goes on counting
+        tx = optax.add_decayed_weights(decay, mask=flags)
         return tx.update(updates, state, params)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _momentum(
+    momentum: Any, nesterov: bool, dtype: Any
+) -> optax.GradientTransformation:
+    """`optax.trace`, which would drop the imaginary parts of complex leaves."""
+    tx = optax.trace(momentum, nesterov, dtype)
+    is_complex = lambda dtype: jnp.issubdtype(dtype, jnp.complexfloating)
+
+    def init_fn(params: Any) -> Any:
+        if dtype is not None and not is_complex(dtype):
+            dtypes = map(jnp.result_type, jax.tree.leaves(params))
+            for name, own in zip(leaf_names(params), dtypes, strict=True):
+                if is_complex(own):
+                    raise ValueError(
+                        f"{name} is {own}: accumulator_dtype={jnp.dtype(dtype).name} "
+                        "would keep its real part alone. Leave it out, or give a "
+                        "complex one."
+                    )
+        return tx.init(params)
+
+    return optax.GradientTransformation(init_fn, tx.update)
 
 
 def _warn_of_half_precision(flags: Any, params: Any) -> None:

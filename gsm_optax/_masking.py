@@ -250,8 +250,8 @@ def mask_by_importance(
                 "call tx.update(grads, state, params)."
             )
         flags = flags_in(params)
-        check_marks(state.prunable, flags, params)
-        _check_holds(state, smoothing, scheduled, track_churn)
+        check_marks(state.prunable, flags, params, by_units=units is not None)
+        _check_holds(state, smoothing, scheduled, track_churn, units)
         grads, taking, places, pairs, treedef = _split(updates, params, flags)
         check_axis_name(pairs, axis_name)
         parts = None if trainable is None else flags_of(trainable, updates, taking)
@@ -271,9 +271,11 @@ def mask_by_importance(
             threshold=found.threshold,
             num_active=found.num_active,
             num_kept=to_count(kept, pool.most),
-            step=optax.safe_increment(state.step) if scheduled else None,
         )
-        if track_churn:
+        # What the state holds is kept up, whether these settings ask for it or not.
+        if state.step is not None:
+            new_state = new_state._replace(step=optax.safe_increment(state.step))
+        if state.active is not None:
             before = treedef.flatten_up_to(state.active)
             after, churn = track(before, taking, active, parts, axis_name)
             after = jax.tree.unflatten(treedef, after)
@@ -284,7 +286,11 @@ def mask_by_importance(
 
 
 def _check_holds(
-    state: MaskByImportanceState, smoothing: Any, scheduled: bool, track_churn: bool
+    state: MaskByImportanceState,
+    smoothing: Any,
+    scheduled: bool,
+    track_churn: bool,
+    units: "Units | None",
 ) -> None:
     """Raise `ValueError` if a state lacks what these settings keep in it."""
     needed = {
@@ -297,6 +303,15 @@ def _check_holds(
             raise ValueError(
                 f"this state is of an optimizer without {name}, and has no place for "
                 "it. Begin with a new one, tx.init(params), or keep the settings."
+            )
+    if units is not None and state.average is not None:
+        held = [x.size for x in jax.tree.leaves(state.average)]
+        sizes = [family.size for family in units.families]
+        if held != sizes:
+            raise ValueError(
+                f"this state has averages of families of {held} units, and the network "
+                f"has families of {sizes}: after shrink a family of one unit is none. "
+                "Begin with a new state, tx.init(params)."
             )
 
 

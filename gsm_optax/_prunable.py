@@ -256,15 +256,22 @@ def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
     return jax.tree.unflatten(treedef, [not _is_hole(mark) for mark in marks])
 
 
-def check_marks(marks: Any, flags: Any, params: Any) -> None:
+def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
     """Raise `ValueError` if the prunable leaves are others than at `init`.
 
     The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold
     one row of a leaf.
     """
-    kinds = lambda marks: list(map(_is_hole, jax.tree.leaves(marks, is_leaf=_is_mark)))
-    if kinds(marks) == kinds(to_marks(flags, params)):
+    kinds = lambda marks: list(map(type, jax.tree.leaves(marks, is_leaf=_is_mark)))
+    held = kinds(marks)
+    if held == kinds(to_marks(flags, params, by_units=by_units)):
         return
+    if held == kinds(to_marks(flags, params, by_units=not by_units)):
+        one, other = ("entries", "whole units")[:: 1 if by_units else -1]
+        raise ValueError(
+            f"this state is of an optimizer that chose {one}, and this one chooses "
+            f"{other}. Begin with a new state, tx.init(params), or keep the settings."
+        )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     here = [
         jax.tree_util.keystr(path)
@@ -273,8 +280,13 @@ def check_marks(marks: Any, flags: Any, params: Any) -> None:
     ]
     raise ValueError(
         f"the prunable leaves are now {', '.join(here) or 'none'}, which are "
-        "others than at init: the parameters have other shapes or names here (inside "
-        "shard_map a device may hold one row). Name them: prunable= a tree of bools."
+        "others than at init: the parameters have other shapes or names here. "
+        + (
+            "Begin with a new state, tx.init(params)."
+            if by_units
+            else "(Inside shard_map a device may hold one row.) Name them: prunable= a "
+            "tree of bools."
+        )
     )
 
 

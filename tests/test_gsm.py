@@ -303,3 +303,70 @@ def test_gradients_of_another_half_precision_keep_theirs():
             state = tx.init(params)
         updates, _ = tx.update(params.astype(dtype), state, params)
         assert updates.dtype == dtype
+
+
+# Settings that change on the way
+
+
+RAMP = optax.linear_schedule(0.1, 0.5, 10)
+DECAYS = optax.linear_schedule(1e-3, 1e-2, 10)
+
+
+def steps_on(settings, state=None, number=3):
+    """Take steps of random gradients, from a new state or an old one, in a scan."""
+    tx, (params,) = (
+        gsm_sgd(0.1, **settings),
+        draw(np.random.default_rng(0), "f4", "normal")[:1],
+    )
+    grads = jax.random.normal(jax.random.key(1), (number, *params.shape))
+    state = tx.init(params) if state is None else state
+    step = lambda state, grad: (tx.update(grad, state, params)[1], None)
+    return jax.lax.scan(step, state, grads)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"ratio": RAMP}, {"ratio": 0.5}),
+        ({"ratio": 0.5, "weight_decay": DECAYS}, {"ratio": 0.5, "weight_decay": 1e-3}),
+        ({"ratio": 0.5, "track_churn": True}, {"ratio": 0.5}),
+        ({"ratio": 0.5, "smoothing": 0.9}, {"ratio": 0.5}),
+    ],
+)
+def test_what_a_state_holds_is_kept_up_by_settings_that_need_it_no_more(before, after):
+    state = steps_on(before)
+    there_and_back = steps_on(before, steps_on(after, state))
+    assert jax.tree.structure(there_and_back) == jax.tree.structure(state)
+    for name in ("step", "count"):  # of the ratio, of the decay
+        counts = [x for _, x in optax.tree.get_all_with_path(there_and_back, name)]
+        assert all(count == 9 for count in counts if count is not None)
+    if "track_churn" in before:
+        churn = [
+            optax.tree.get(steps_on(s, state, 1), "churn") for s in (before, after)
+        ]
+        assert churn[0] == churn[1] != optax.tree.get(state, "churn")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"ratio": RAMP}, "ratio or passive_decay"),
+        ({"weight_decay": DECAYS}, "weight_decay"),
+        ({"passive_decay": DECAYS}, "ratio or passive_decay"),
+        ({"smoothing": 0.9}, "smoothing"),
+        ({"track_churn": True}, "track_churn"),
+    ],
+)
+def test_a_state_without_room_for_new_settings_is_refused(change, word):
+    with pytest.raises(ValueError, match=rf"without .*{word}.*tx\.init\(params\)"):
+        steps_on({"ratio": 0.5} | change, steps_on({"ratio": 0.5}))
+
+
+def test_a_momentum_that_drops_imaginary_parts_is_refused():
+    params = {"kernel": jnp.ones((2, 3), jnp.complex64)}
+    with pytest.raises(
+        ValueError, match="kernel is complex64: accumulator_dtype=float32"
+    ):
+        gsm_sgd(0.1, 0.5, accumulator_dtype=jnp.float32).init(params)
+    tx = gsm_sgd(0.1, 0.5, accumulator_dtype=jnp.complex64)
+    assert optax.tree.get(tx.init(params), "trace")["kernel"].dtype == jnp.complex64
