@@ -33,7 +33,8 @@ def metrics(
     `gsm/threshold`           least importance that was active at the last step
     `gsm/num_active`          entries that got their gradient at the last step
     `gsm/shortfall`           entries that these are short of Q, for want of any score
-                              above zero: not 0, the choice is starved
+                              above zero: not 0, the choice is starved (with `units=`
+                              up to those of a unit, which would have been too many)
     `gsm/active_fraction`     the active entries as a fraction of the prunable ones
     `gsm/density`             fraction of the prunable entries that is not exactly zero
     `gsm/near_zero`           fraction of them below 1e-4 in magnitude, zeros included

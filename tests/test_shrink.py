@@ -416,6 +416,15 @@ def test_errors_name_what_stands_in_the_way():
     with pytest.raises(ValueError, match="gives other outputs"):
         plan.check(lambda params, x: 1.1 * fn(params, x), pruned, small)
 
+    def normalised(params, x):
+        scale = (params["w1"] ** 2).sum(1, keepdims=True) ** 0.5
+        return jax.nn.relu(x @ params["w0"]) @ (params["w1"] / scale)
+
+    pruned = jax.tree.map(np.copy, layers(3, 6, 2))
+    pruned["w0"][:, :2] = pruned["w1"][:2] = 0
+    with pytest.raises(ValueError, match="are NaN with the zeros, and 0 without"):
+        shrink(pruned, find_units(normalised, pruned, sample((4, 3))))
+
 
 def test_module_that_keeps_its_sizes_is_checked_when_it_is_built_anew():
     fn, params, inputs, small_fn = zoo.lstm_linen()

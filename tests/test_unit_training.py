@@ -450,6 +450,65 @@ def test_a_part_of_the_variables_is_enough():
     )
 
 
+def test_a_part_whose_names_are_found_twice_is_refused_or_told_by_its_holes():
+    """As `Dense_0` is in flax, at the top and in every submodule."""
+    inner, outer = (
+        {f"Dense_{i}": {"kernel": k} for i, k in enumerate(kernels)} for kernels in TWO
+    )
+    params, x = {"Encoder_0": inner, **outer}, jnp.ones((2, 3))
+
+    def fn(params, x, names=("Dense_0", "Dense_1")):
+        for name in names:
+            x = jnp.tanh(x @ params["Encoder_0"][name]["kernel"])
+        for name in ("Dense_0", "Dense_1"):
+            x = jnp.tanh(x @ params[name]["kernel"])
+        return x
+
+    units = find_units(fn, params, x)
+    for part in (inner, outer):
+        with pytest.raises(ValueError, match="which of these"):
+            mask_by_importance(0.5, units=units).init(part)
+        with pytest.raises(ValueError, match="which of these"):
+            magnitude_mask(part, 0.5, units=units)
+    renamed = {"a": inner["Dense_0"], "b": inner["Dense_1"]}
+    others = find_units(partial(fn, names="ab"), {"Encoder_0": renamed, **outer}, x)
+    told = magnitude_mask({"Encoder_0": None, **outer}, 0.5, units=units)
+    wanted = magnitude_mask(outer, 0.5, units=others)
+    assert_same({name: told[name] for name in outer}, wanted)
+    # A state of one of them, and one whose holes tell.
+    masks = [np.arange(family.size) < 2 for family in units.families]
+    zeroed = jax.tree.map(lambda x, m: jnp.where(m, x, 0), params, units.expand(masks))
+    small, plan = shrink(zeroed, units)
+    adam, shapes = optax.adam(1e-3), partial(jax.tree.map, jnp.shape)
+    with pytest.raises(ValueError, match="may be that of the parameters or"):
+        plan.apply(adam.init(inner))
+    top = optax.masked(adam, {"Encoder_0": False, "Dense_0": True, "Dense_1": True})
+    assert shapes(plan.apply(top.init(params))) == shapes(top.init(small))
+    with pytest.raises(ValueError, match="both have the names"):
+        plan.apply(adam.init({"one": params, "other": params}))
+
+
+TWO = [[normal((3, 4)), normal((4, 5), 1)], [normal((5, 4), 2), normal((4, 5), 3)]]
+
+
+def test_a_state_of_another_choice_is_refused():
+    params, grads = draw(0), draw(1)
+    for smoothing in (0.0, 0.9):
+        make = partial(mask_by_importance, 0.5, smoothing=smoothing)
+        by_units, by_entries = make(units=UNITS), make(prunable=UNITS.flags)
+        for tx, state in (
+            (by_units, by_entries.init(params)),
+            (by_entries, by_units.init(params)),
+        ):
+            with pytest.raises(ValueError, match=r"chose .*Begin with a new state"):
+                tx.update(grads, state, params)
+    tx = mask_by_importance(0.5, units=UNITS, smoothing=0.9)
+    state = tx.init(params)
+    fewer = state._replace(average=state.average[1:], averaged=state.averaged[1:])
+    with pytest.raises(ValueError, match=r"averages of families of .* units"):
+        tx.update(grads, fewer, params)
+
+
 def test_leaves_without_a_gradient_have_no_say():
     """A frozen backbone: None in the place of its gradients."""
     grads = draw(1) | {"conv": None, "conv_bias": None}

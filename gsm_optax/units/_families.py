@@ -14,7 +14,7 @@ class Slices(NamedTuple):
     leaf: int  # its place among the leaves
     axis: int
     size: int  # of the axis
-    indices: np.ndarray  # int[units, indices of each]
+    indices: np.ndarray  # int32[units, indices of each]
 
     def __str__(self) -> str:
         """Return the path and the axis, and where along it the units are."""
@@ -29,7 +29,7 @@ class Slices(NamedTuple):
 
     def units_along(self) -> np.ndarray:
         """For each index of the axis the unit that it belongs to, or -1."""
-        units = np.full(self.size, -1)
+        units = np.full(self.size, -1, np.int32)
         each = np.arange(len(self.indices))[:, None]
         units[self.indices] = np.broadcast_to(each, self.indices.shape)
         return units

@@ -176,6 +176,8 @@ def _slices(
         unit = np.searchsorted(units, roots[here])
         order = np.argsort(unit, kind="stable")
         indices = nodes.index[ids][here][order].reshape(len(units), -1)
+        # JAX keeps what it makes of an array: the same with 64 bits enabled or without.
+        indices = indices.astype(np.int32)
         slices.append(Slices(paths[leaf], leaf, axis, shapes[leaf][axis], indices))
     return tuple(slices)
 

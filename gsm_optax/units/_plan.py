@@ -1,7 +1,7 @@
 """What to remove: a plan that is applied to trees, and checked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
 from gsm_optax.units._compare import programs_in
 from gsm_optax.units._families import Family
+from gsm_optax.units._places import Path, check_places, ending, inside
 from gsm_optax.units._units import Units
 
 
@@ -66,7 +67,8 @@ class Plan:
 
         Raises:
             ValueError: if a leaf stands for a parameter and has another shape than
-                that, so that it is not known what belongs to a unit.
+                that, or may stand for one or another, so that it is not known what
+                belongs to a unit.
         """
         wanted = {
             tuple(map(str, path)): (leaf.shape, keep)
@@ -80,14 +82,18 @@ class Plan:
         leaves, treedef = jax.tree.flatten(tree)
         names, averages = leaf_names(tree), self._averages(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
-        if not any(_ending(path, wanted) for path in paths):
-            wanted = _inside(paths, wanted)
+        if all(ending(path, wanted) is None for path in paths):
+            wanted = inside(paths, wanted)
+        check_places(tree, wanted, averages)
         small = []
         for name, path, leaf in zip(names, paths, leaves, strict=True):
             units = [kept for at, kept in averages.items() if path[: len(at)] == at]
-            small.append(
-                leaf.take(*units) if units else _take(name, leaf, _ending(path, wanted))
-            )
+            own = ending(path, wanted)
+            if units:
+                leaf = leaf.take(*units)
+            elif own is not None:
+                leaf = _take(name, leaf, own, *wanted[own])
+            small.append(leaf)
         return jax.tree.unflatten(treedef, small)
 
     def _averages(self, tree: Any) -> dict[tuple[str, ...], np.ndarray]:
@@ -123,7 +129,7 @@ class Plan:
                 str(plan.family) for plan in self._changed if not plan.family.is_traced
             )
             raise ValueError(
-                f"the smaller network gives other outputs: {difference}. Something "
+                f"the smaller network gives other outputs: {difference} Something "
                 "in fn depends on its sizes, as a scale may"
                 + (f", in one of the families of {families}." if families else ".")
             )
@@ -177,31 +183,9 @@ class Plan:
         return sum(map(math.prod, before)), sum(map(math.prod, after))
 
 
-def _ending(path: tuple[str, ...], wanted: dict[tuple[str, ...], Any]) -> Any:
-    """The parameter whose path this path ends with, the longest one."""
-    endings = (path[i:] for i in range(len(path) + 1))
-    return next(((e, *wanted[e]) for e in endings if e in wanted), None)
-
-
-def _inside(
-    paths: Sequence[tuple[str, ...]], wanted: dict[tuple[str, ...], Any]
-) -> dict[tuple[str, ...], Any]:
-    """The parameters of one collection, by their paths in it: the one that fits best.
-
-    The optimizer of a linen module has but one of its collections.
-    """
-    found: dict[str, dict[tuple[str, ...], Any]] = {}
-    for path, own in wanted.items():
-        if len(path) > 1:
-            found.setdefault(path[0], {})[path[1:]] = own
-    fitting = lambda inside: sum(_ending(path, inside) is not None for path in paths)
-    return max(found.values(), key=fitting, default=wanted)
-
-
-def _take(name: str, leaf: Any, own: Any) -> Any:
-    if own is None:
-        return leaf
-    path, shape, keep = own
+def _take(
+    name: str, leaf: Any, path: Path, shape: tuple[int, ...], keep: list[np.ndarray]
+) -> Any:
     if shape == tuple(map(len, keep)):
         return leaf
     if jnp.shape(leaf) != shape:
@@ -245,7 +229,7 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
         families = ", ".join(str(changed.family) for changed in plan._changed)
         raise ValueError(
             f"without units of {families} the network gives other outputs: "
-            f"{difference}. That must not be; please report it with the network."
+            f"{difference} That must not be; please report it with the network."
         )
     try:
         jax.eval_shape(units.fn, small, *inputs)
@@ -297,15 +281,21 @@ def _difference(wanted: Any, actual: Any, program: Any) -> str:
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True)
     for one, other in pairs:
         if one.shape != other.shape:
-            return f"shape {list(other.shape)}, not {list(one.shape)}"
+            return f"shape {list(other.shape)}, not {list(one.shape)}."
         if not _is_float(one) or not one.size:
             continue
         eps = max(float(jnp.finfo(dtype).eps) for dtype in (*computed, one.dtype))
         one, other = (np.asarray(x, np.complex128) for x in (one, other))
+        if (np.isnan(one) != np.isnan(other)).any():
+            before, after = (int(np.isnan(x).sum()) for x in (one, other))
+            return (
+                f"{before:,} of {one.size:,} numbers are NaN with the zeros, and "
+                f"{after:,} without: does fn divide by a norm of the weights?"
+            )
         scale = np.abs(one[np.isfinite(one)]).max(initial=0)
         # Sums in another order: far less than a unit that counts, far more than eps.
         if not np.allclose(one, other, rtol=0, atol=eps**0.5 * scale, equal_nan=True):
-            return f"{np.abs(one - other).max():.3g} of {scale:.3g}"
+            return f"{np.abs(one - other).max():.3g} of {scale:.3g}."
     return ""
 
 

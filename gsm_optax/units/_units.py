@@ -13,6 +13,7 @@ from gsm_optax._paths import leaf_names
 from gsm_optax._tables import align
 from gsm_optax.units._choice import WholeUnits
 from gsm_optax.units._families import Family, Pinned, own_sizes
+from gsm_optax.units._places import start_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,18 +155,7 @@ class Units:
     def _places(self, params: Any) -> dict[int, int]:
         """Which leaf of the network is which of these, whose names may be shorter."""
         own = {name: i for i, name in enumerate(leaf_names(self.like))}
-        names = leaf_names(params)
-        starts = [x.removesuffix(names[0]) for x in own if x.endswith(names[0])]
-        fits = lambda start: all(start + name in own for name in names)
-        fitting = [x for x in starts if x[-1:] in ("", "/") and fits(x)]
-        if not fitting or (len(fitting) > 1 and "" not in fitting):
-            missing = [name for name in names if name not in own]
-            raise ValueError(
-                f"{_listed(missing)} are not among the parameters that the units were "
-                f"found in, {_listed(list(own))}. Find the units of this network with "
-                "find_units(fn, params, *inputs)."
-            )
-        start = "" if "" in fitting else fitting[0]
+        names, start = leaf_names(params), start_of(params, list(own))
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.like)]
         for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
             _check_shape(name, jnp.shape(leaf), shapes[own[start + name]])
@@ -214,10 +204,6 @@ def _check_shape(name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> Non
             f"{name} has shape {list(shape)}, but {list(own)} where the units were "
             "found. Find them again, of this network."
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _along(row: Any, axis: int, rank: int) -> jax.Array:

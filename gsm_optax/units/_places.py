@@ -1,0 +1,151 @@
+"""Which leaf of another tree stands for which parameter of a network.
+
+An optimizer's state ends in the paths of the parameters; and what is trained may be a
+part of them, such as one collection of a linen module, whose paths begin further in.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import DictKey, GetAttrKey
+
+from gsm_optax._paths import leaf_names, leaf_paths
+
+Path = tuple[str, ...]
+
+
+def start_of(part: Any, own: Sequence[str]) -> str:
+    """What the names of a part of the parameters lack at their start.
+
+    Args:
+        part: a tree like some of the parameters, with holes or without.
+        own: the names of all parameters.
+
+    Raises:
+        ValueError: if there is no such part, or if it may be one or another.
+    """
+    names = leaf_names(part)
+    if set(names) == set(own):
+        return ""
+    fits = lambda start: all(start + name in own for name in names)
+    ends = [x.removesuffix(names[0]) for x in own if x.endswith(names[0])]
+    fitting = [x for x in ends if x[-1:] in ("", "/") and fits(x)]
+    if len(fitting) > 1:  # a hole tells that its place is not another
+        filled = leaf_names(_filled(part))
+        inside = lambda start: all(
+            any(f"{x}/".startswith(f"{start}{name}/") for x in own) for name in filled
+        )
+        fitting = list(filter(inside, fitting)) or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        places = " and in ".join(start.rstrip("/") or "the top" for start in fitting)
+        raise ValueError(
+            f"{listed(names)} are names in {places} of the parameters that the units "
+            "were found in: which of these it is cannot be told. Find the units of "
+            "this part alone, or give all parameters, with None for the others."
+        )
+    missing = [name for name in names if name not in own]
+    raise ValueError(
+        f"{listed(missing)} are not among the parameters that the units were "
+        f"found in, {listed(own)}. Find the units of this network with "
+        "find_units(fn, params, *inputs)."
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def ending(path: Path, wanted: Collection[Path]) -> Path | None:
+    """The parameter whose path this path ends with, the longest one."""
+    endings = (path[i:] for i in range(len(path) + 1))
+    return next((x for x in endings if x in wanted), None)
+
+
+def inside(paths: Sequence[Path], wanted: Mapping[Path, Any]) -> Mapping[Path, Any]:
+    """The parameters of one collection, by their paths in it: the one that fits best.
+
+    The optimizer of a linen module has but one of its collections.
+    """
+    found: dict[str, dict[Path, Any]] = {}
+    for path, own in wanted.items():
+        if len(path) > 1:
+            found.setdefault(path[0], {})[path[1:]] = own
+    fitting = lambda part: sum(ending(path, part) is not None for path in paths)
+    return max(found.values(), key=fitting, default=wanted)
+
+
+def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> None:
+    """Raise `ValueError` if leaves of a state may stand for one parameter or another.
+
+    Args:
+        tree: what ends in the paths of the parameters.
+        wanted: their paths.
+        but: paths whose leaves stand for none.
+    """
+    fields: dict[tuple[Any, ...], set[Path]] = {}
+    for keys in leaf_paths(tree):
+        path = _strings(keys)
+        own = ending(path, wanted)
+        if own and not any(path[: len(at)] == at for at in but):
+            fields.setdefault(keys[: len(keys) - len(own)], set()).add(own)
+    everything = list(map(_strings, leaf_paths(_filled(tree))))
+    for field, held in fields.items():
+        if held != set(wanted):
+            at = _strings(field)
+            inside = [path[len(at) :] for path in everything if path[: len(at)] == at]
+            _check_part(_name(field), next(iter(held)), inside, wanted)
+    # A field of the state that holds several trees with the parameters' names.
+    networks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for field, held in fields.items():
+        if field and isinstance(field[-1], DictKey) and _has_field(field):
+            other = networks.setdefault(field[:-1], field)
+            if other != field and fields[other] & held:
+                raise ValueError(
+                    f"{_name(other)} and {_name(field)} both have the names of the "
+                    "parameters that the units were found in. Find them in all that is "
+                    "trained: find_units(lambda p, x: fn(p['one'], x), params, x)."
+                )
+
+
+def _check_part(
+    name: str, one: Path, paths: Sequence[Path], wanted: Collection[Path]
+) -> None:
+    """Raise `ValueError` if all these paths, holes included, are in a part of `wanted`.
+
+    Args:
+        name: of what they are in.
+        one: a parameter that is among them.
+        paths: of all that is there.
+        wanted: the paths of all parameters.
+    """
+    is_in = lambda path: any(own[: len(path)] == path for own in wanted)
+    for start in {x[: -len(one)] for x in wanted if x[-len(one) :] == one} - {()}:
+        if all(is_in(start + path) for path in paths):
+            raise ValueError(
+                f"{name} may be that of the parameters or of those in "
+                f"{''.join(start)}, which have the same names. Find the units of "
+                "what is trained alone, or begin with a new state, tx.init(small)."
+            )
+
+
+def _strings(path: tuple[Any, ...]) -> Path:
+    return tuple(map(str, path))
+
+
+def _has_field(path: tuple[Any, ...]) -> bool:
+    return any(isinstance(key, GetAttrKey) for key in path)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return f"state{jax.tree_util.keystr(path)}"
+
+
+def _filled(tree: Any) -> Any:
+    """The tree with leaves in the place of its holes."""
+    is_hole = lambda x: x is None or isinstance(x, optax.MaskedNode)
+    return jax.tree.map(lambda x: 0 if is_hole(x) else x, tree, is_leaf=is_hole)
