@@ -16,12 +16,12 @@ from gsm_optax._paths import leaf_names, leaf_paths
 Path = tuple[str, ...]
 
 
-def start_of(part: Any, own: Sequence[str]) -> str:
+def start_of(part: Any, own: Collection[str]) -> str:
     """What the names of a part of the parameters lack at their start.
 
     Args:
         part: a tree like some of the parameters, with holes or without.
-        own: the names of all parameters.
+        own: the names of all parameters, a set or a dict, for there may be thousands.
 
     Raises:
         ValueError: if there is no such part, or if it may be one or another.
@@ -50,7 +50,7 @@ def start_of(part: Any, own: Sequence[str]) -> str:
     missing = [name for name in names if name not in own]
     raise ValueError(
         f"{listed(missing)} are not among the parameters that the units were "
-        f"found in, {listed(own)}. Find the units of this network with "
+        f"found in, {listed(list(own))}. Find the units of this network with "
         "find_units(fn, params, *inputs)."
     )
 

@@ -155,7 +155,7 @@ class Units:
     def _places(self, params: Any) -> dict[int, int]:
         """Which leaf of the network is which of these, whose names may be shorter."""
         own = {name: i for i, name in enumerate(leaf_names(self.like))}
-        names, start = leaf_names(params), start_of(params, list(own))
+        names, start = leaf_names(params), start_of(params, own)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.like)]
         for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
             _check_shape(name, jnp.shape(leaf), shapes[own[start + name]])
