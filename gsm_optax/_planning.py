@@ -141,7 +141,8 @@ def decay_budget_left(
 
     After :math:`k` steps it is :math:`\sum_{j \ge k} r_j`, with the rates of
     `decay_budget`: a weight that turns passive now will shrink to :math:`e^{-left}` of
-    itself. For `metrics` and `Recorder`.
+    itself. For `metrics` and `Recorder`. Where a cyclical learning rate feeds the
+    swings of a weight, it promises too much: ask `decay_budget`, which simulates them.
 
     Args:
         learning_rate: :math:`\alpha`, a float or an optax schedule.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from gsm_optax._checks import (
     check_floors,
@@ -130,9 +131,9 @@ def _greatest(params: Any, kept: Words, **choice: Any) -> list[jax.Array]:
 
 def _sharding(x: Any) -> Any:
     """How the mask of a leaf is to be laid out over devices; None for any way."""
-    if isinstance(x, Tracer) or len(x.sharding.device_set) == 1:
+    if isinstance(x, Tracer) or not isinstance(x.sharding, NamedSharding):
         return None
-    return x.sharding
+    return x.sharding.with_memory_kind("device")  # the parameters may be on the host
 
 
 def _flags(

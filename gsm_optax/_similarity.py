@@ -16,7 +16,8 @@ class LinearCKA(NamedTuple):
     Its value after all batches is that of `linear_cka` on their rows together, in
     memory of :math:`p^2 + q^2 + pq` numbers for :math:`p` and :math:`q` features. It
     works inside jit and `lax.scan`. There is no debiased form of it: give it many more
-    rows than features, and the bias is small.
+    rows than features, and the bias is small. Features are squared as they are: their
+    spread is to be between 1e-18 and 1e18, or scaled first.
 
     Example:
         >>> import jax
@@ -143,14 +144,13 @@ def linear_cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Arr
         Nguyen et al., *Do Wide and Deep Networks Learn the Same Things?*, ICLR 2021,
         https://arxiv.org/abs/2010.15327
     """
-    x, y = _rows(x, y)
+    x, y = map(_standard, _rows(x, y))
     if debiased:
         return _debiased_cka(x, y)
     if len(x) >= max(x.shape[1], y.shape[1]):
         return LinearCKA.start(x.shape[1], y.shape[1]).update(x, y).value()
     # With fewer examples than features the n × n products are smaller, and since
     # ‖YᵀX‖² = ⟨XXᵀ, YYᵀ⟩ they say the same.
-    (x, _), (y, _) = _centre(x), _centre(y)
     k, l = _product(x, x.T), _product(y, y.T)  # noqa: E741
     k, l = k / jnp.max(jnp.diag(k)), l / jnp.max(jnp.diag(l))  # noqa: E741
     return jnp.sum(k * l) / (jnp.linalg.norm(k) * jnp.linalg.norm(l))
@@ -163,8 +163,6 @@ def _debiased_cka(x: jax.Array, y: jax.Array) -> jax.Array:
             f"x{list(x.shape)} and y{list(y.shape)} have {n} rows, but a debiased CKA "
             "needs 4 or more: give more examples, or leave debiased out."
         )
-    (x, _), (y, _) = _centre(x), _centre(y)
-    x, y = x / jnp.max(jnp.abs(x)), y / jnp.max(jnp.abs(y))  # squares do not overflow
     hsic = _hsic_of_features if n >= max(x.shape[1], y.shape[1]) else _hsic_of_examples
     (common, _), (own_x, known_x), (own_y, known_y) = hsic(x, y), hsic(x, x), hsic(y, y)
     value = common / jnp.sqrt(own_x) / jnp.sqrt(own_y)
@@ -307,6 +305,12 @@ def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     shifted = x - x[:1]
     mean = jnp.mean(shifted, 0, keepdims=True)
     return shifted - mean, (x[:1] + mean)[0]
+
+
+def _standard(x: jax.Array) -> jax.Array:
+    """Centred, the greatest entry 1, so that no square overflows; NaN if constant."""
+    x, _ = _centre(x)
+    return x / jnp.max(jnp.abs(x))
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

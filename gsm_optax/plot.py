@@ -62,7 +62,8 @@ def magnitudes(records: Records, ax: Axes | None = None) -> Axes:
     ticks = range(-10, 2, 2)
     ax.set_yticks([edges[:2].mean(), *ticks], ["<1e-12", *(f"1e{x}" for x in ticks)])
     used = np.flatnonzero(rows.max(1))
-    ax.set_ylim(edges[used[0]], edges[used[-1] + 1])
+    if used.size:  # not where all are NaN
+        ax.set_ylim(edges[used[0]], edges[used[-1] + 1])
     return _label(ax, "Magnitudes", "|w|")
 
 

@@ -75,6 +75,15 @@ def test_magnitudes_are_the_shares_of_every_class(records):
     np.testing.assert_allclose(shares[:row].sum(0), 100 * np.array(near) / 66)
 
 
+def test_a_run_that_diverged_is_drawn():
+    tx, params = gsm_sgd(0.1, 0.5), {"kernel": jnp.full((3, 4), jnp.nan)}
+    recorder = Recorder()
+    recorder(1, params, tx.init({"kernel": jnp.ones((3, 4))}))
+    (image,) = plot.magnitudes(recorder.records).collections
+    assert not np.asarray(image.get_array()).any()
+    plot.overview(recorder.records)
+
+
 def test_near_zero_and_what_is_passive(records):
     near, passive = plot.near_zero(records).lines
     assert_line(near, 100 * column(records, "gsm/near_zero"))

@@ -292,6 +292,32 @@ def test_state_of_one_collection_shrinks_too():
     assert shapes(plan.apply(params["net"])) == shapes(small["net"])
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_states_of_two_networks_are_told_apart_by_their_shapes_or_refused(depth):
+    """As those of a GAN, of two towers, or of an ensemble have their own optimizers."""
+    nets, adam, x = network(jnp.tanh), optax.adam(1e-3), sample((4, 3))
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    inner = (lambda tree: tree["params"]) if depth else (lambda tree: tree)
+    outer = (lambda tree: {"params": tree}) if depth else (lambda tree: tree)
+    fn = lambda p, x: nets(inner(p)["a"], x) + nets(inner(p)["b"], x)
+    for sizes, told in (((3, 6, 5, 2), False), ((3, 7, 4, 2), True)):
+        params = outer({"a": layers(3, 6, 5, 2), "b": layers(*sizes)})
+        units = find_units(fn, params, x)
+        params, _ = pruned_by_units(units, params)
+        small, plan = shrink(params, units)
+        own, left = inner(params), inner(small)
+        assert shapes(plan.apply(adam.init(own))) == shapes(adam.init(left))
+        for name in "ab":
+            if told:
+                state = plan.apply(adam.init(own[name]))
+                assert shapes(state) == shapes(adam.init(left[name]))
+                continue
+            with pytest.raises(ValueError, match="the tree may be that of"):
+                plan.apply(adam.init(own[name]))
+            with pytest.raises(ValueError, match="which of these it is"):
+                units.flags(own[name])
+
+
 def test_network_that_computes_in_half_precision_is_compared_as_such():
     def fn(params, x):
         cast = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)

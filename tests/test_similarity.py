@@ -142,6 +142,18 @@ def test_rotations_scales_and_shifts_change_nothing(cka, seed, scale, shift):
     np.testing.assert_allclose(cka(x, turned), 1, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [60, 5])
+@pytest.mark.parametrize("debiased", [False, True])
+def test_layers_may_be_as_small_or_large_as_numbers_are(rows, debiased):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(rows, 6)).astype(np.float32)
+    y = x[:, :4] + 0.5 * rng.normal(size=(rows, 4)).astype(np.float32)
+    wanted = linear_cka(x, y, debiased=debiased)
+    for scale in np.float32([1e-30, 1e-20, 1e-19, 1e19, 1e30]):
+        value = linear_cka(scale * x, y / scale, debiased=debiased)
+        np.testing.assert_allclose(value, wanted, rtol=1e-4)
+
+
 def test_a_mean_far_from_zero_does_not_cancel():
     """Sums of raw squares in float32 would lose every digit here."""
     x, y = draw(0, rows=400)

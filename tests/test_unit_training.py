@@ -455,7 +455,7 @@ def test_a_part_whose_names_are_found_twice_is_refused_or_told_by_its_holes():
     inner, outer = (
         {f"Dense_{i}": {"kernel": k} for i, k in enumerate(kernels)} for kernels in TWO
     )
-    params, x = {"Encoder_0": inner, **outer}, jnp.ones((2, 3))
+    params, x = {"Encoder_0": inner, **outer}, jnp.ones((2, 4))
 
     def fn(params, x, names=("Dense_0", "Dense_1")):
         for name in names:
@@ -488,7 +488,7 @@ def test_a_part_whose_names_are_found_twice_is_refused_or_told_by_its_holes():
         plan.apply(adam.init({"one": params, "other": params}))
 
 
-TWO = [[normal((3, 4)), normal((4, 5), 1)], [normal((5, 4), 2), normal((4, 5), 3)]]
+TWO = [[normal((4, 4)), normal((4, 4), 1)], [normal((4, 4), 2), normal((4, 4), 3)]]
 
 
 def test_a_state_of_another_choice_is_refused():

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey, GetAttrKey
 
@@ -16,27 +17,30 @@ from gsm_optax._paths import leaf_names, leaf_paths
 Path = tuple[str, ...]
 
 
-def start_of(part: Any, own: Collection[str]) -> str:
+def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
     """What the names of a part of the parameters lack at their start.
 
     Args:
         part: a tree like some of the parameters, with holes or without.
-        own: the names of all parameters, a set or a dict, for there may be thousands.
+        own: the shapes of all parameters, by their names.
 
     Raises:
         ValueError: if there is no such part, or if it may be one or another.
     """
-    names = leaf_names(part)
+    names, shapes = leaf_names(part), list(map(jnp.shape, jax.tree.leaves(part)))
     if set(names) == set(own):
         return ""
     fits = lambda start: all(start + name in own for name in names)
     ends = [x.removesuffix(names[0]) for x in own if x.endswith(names[0])]
     fitting = [x for x in ends if x[-1:] in ("", "/") and fits(x)]
-    if len(fitting) > 1:  # a hole tells that its place is not another
+    # Shapes tell one from another, and so do holes.
+    if len(fitting) > 1:
+        alike = lambda start: [own[start + name] for name in names] == shapes
+        fitting = list(filter(alike, fitting)) or fitting
+    if len(fitting) > 1:
         filled = leaf_names(_filled(part))
-        inside = lambda start: all(
-            any(f"{x}/".startswith(f"{start}{name}/") for x in own) for name in filled
-        )
+        has = lambda name: any(f"{x}/".startswith(f"{name}/") for x in own)
+        inside = lambda start: all(has(start + name) for name in filled)
         fitting = list(filter(inside, fitting)) or fitting
     if len(fitting) == 1:
         return fitting[0]
@@ -66,17 +70,48 @@ def ending(path: Path, wanted: Collection[Path]) -> Path | None:
     return next((x for x in endings if x in wanted), None)
 
 
-def inside(paths: Sequence[Path], wanted: Mapping[Path, Any]) -> Mapping[Path, Any]:
-    """The parameters of one collection, by their paths in it: the one that fits best.
+def inside(leaves: Sequence[tuple[Path, Any]], wanted: Mapping[Path, Any]) -> Any:
+    """The parameters by their paths in the part that a tree is of: the one that fits.
 
-    The optimizer of a linen module has but one of its collections.
+    The optimizer of a linen module has but one of its collections, and that of one of
+    two networks has its own.
+
+    Args:
+        leaves: paths of the tree, and their shapes.
+        wanted: for the path of every parameter its shape, and more.
+
+    Raises:
+        ValueError: if several parts fit.
     """
-    found: dict[str, dict[Path, Any]] = {}
+    parts: dict[Path, dict[Path, Any]] = {}
     for path, own in wanted.items():
-        if len(path) > 1:
-            found.setdefault(path[0], {})[path[1:]] = own
-    fitting = lambda part: sum(ending(path, part) is not None for path in paths)
-    return max(found.values(), key=fitting, default=wanted)
+        for i in range(len(path)):
+            parts.setdefault(path[:i], {})[path[i:]] = own
+
+    def fitting(part: Mapping[Path, Any]) -> tuple[int, int]:
+        """How many leaves have the shape of a parameter, and how many its path."""
+        found = [(ending(path, part), shape) for path, shape in leaves]
+        named = [(part[own][0], shape) for own, shape in found if own is not None]
+        return sum(own == shape for own, shape in named), len(named)
+
+    everything = fitting(parts[()]) if () in parts else (0, 0)
+    if 0 < everything[0] == everything[1]:
+        return wanted
+    found = {start: fitting(part) for start, part in parts.items()}
+    most = max(found.values(), default=(0, 0))
+    # Of parts of parts the larger one, which has the others.
+    starts = sorted((x for x in found if found[x] == most), key=len)
+    if not most[1]:
+        return wanted
+    first, *others = starts
+    if any(other[: len(first)] != first for other in others):
+        names = " or ".join("".join(start) for start in starts)
+        raise ValueError(
+            f"the tree may be that of {names}, which have the same names and shapes. "
+            "Find the units of what is trained alone, or begin with a new state, "
+            "tx.init(small)."
+        )
+    return parts[first]
 
 
 def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> None:
@@ -107,8 +142,9 @@ def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> 
             if other != field and fields[other] & held:
                 raise ValueError(
                     f"{_name(other)} and {_name(field)} both have the names of the "
-                    "parameters that the units were found in. Find them in all that is "
-                    "trained: find_units(lambda p, x: fn(p['one'], x), params, x)."
+                    "parameters that the units were found in. If these are averages of "
+                    "one network, apply the plan to each; if they are two networks, "
+                    "find units in both: find_units(lambda p, x: fn(p['one'], x), ...)."
                 )
 
 

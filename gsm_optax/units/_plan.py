@@ -82,8 +82,8 @@ class Plan:
         leaves, treedef = jax.tree.flatten(tree)
         names, averages = leaf_names(tree), self._averages(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
-        if all(ending(path, wanted) is None for path in paths):
-            wanted = inside(paths, wanted)
+        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+        wanted = inside(list(zip(paths, shapes, strict=True)), wanted)
         check_places(tree, wanted, averages)
         small = []
         for name, path, leaf in zip(names, paths, leaves, strict=True):

@@ -154,9 +154,10 @@ class Units:
 
     def _places(self, params: Any) -> dict[int, int]:
         """Which leaf of the network is which of these, whose names may be shorter."""
-        own = {name: i for i, name in enumerate(leaf_names(self.like))}
-        names, start = leaf_names(params), start_of(params, own)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.like)]
+        own = {name: i for i, name in enumerate(leaf_names(self.like))}
+        start = start_of(params, dict(zip(own, shapes, strict=True)))
+        names = leaf_names(params)
         for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
             _check_shape(name, jnp.shape(leaf), shapes[own[start + name]])
         return {own[start + name]: j for j, name in enumerate(names)}
