@@ -4,6 +4,7 @@ An optimizer's state ends in the paths of the parameters; and what is trained ma
 part of them, such as one collection of a linen module, whose paths begin further in.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def inside(leaves: Sequence[tuple[Path, Any]], wanted: Mapping[Path, Any]) -> An
 
     Args:
         leaves: paths of the tree, and their shapes.
-        wanted: for the path of every parameter its shape, and more.
+        wanted: for the path of every parameter its shape, and which indices it keeps.
 
     Raises:
         ValueError: if several parts fit.
@@ -87,31 +88,43 @@ def inside(leaves: Sequence[tuple[Path, Any]], wanted: Mapping[Path, Any]) -> An
     for path, own in wanted.items():
         for i in range(len(path)):
             parts.setdefault(path[:i], {})[path[i:]] = own
-
-    def fitting(part: Mapping[Path, Any]) -> tuple[int, int]:
-        """How many leaves have the shape of a parameter, and how many its path."""
-        found = [(ending(path, part), shape) for path, shape in leaves]
-        named = [(part[own][0], shape) for own, shape in found if own is not None]
-        return sum(own == shape for own, shape in named), len(named)
-
-    everything = fitting(parts[()]) if () in parts else (0, 0)
-    if 0 < everything[0] == everything[1]:
-        return wanted
-    found = {start: fitting(part) for start, part in parts.items()}
-    most = max(found.values(), default=(0, 0))
-    # Of parts of parts the larger one, which has the others.
-    starts = sorted((x for x in found if found[x] == most), key=len)
-    if not most[1]:
-        return wanted
-    first, *others = starts
-    if any(other[: len(first)] != first for other in others):
-        names = " or ".join("".join(start) for start in starts)
+    best: list[Path] = []
+    most = 0, False
+    for depth in sorted(set(map(len, parts))):  # the larger parts first
+        for start in (x for x in parts if len(x) == depth):
+            fit = _fit(leaves, parts[start])
+            if fit >= most and fit[0]:
+                best = [*best, start] if fit == most else [start]
+                most = fit
+        if best:
+            break
+    if len(best) > 1:
+        names = " or ".join("".join(start) for start in best)
         raise ValueError(
             f"the tree may be that of {names}, which have the same names and shapes. "
             "Find the units of what is trained alone, or begin with a new state, "
             "tx.init(small)."
         )
-    return parts[first]
+    return parts[best[0]] if best else wanted
+
+
+def _fit(
+    leaves: Sequence[tuple[Path, Any]], part: Mapping[Path, Any]
+) -> tuple[int, bool]:
+    """How many leaves stand for a parameter, and whether all of the part is there.
+
+    None do if one has another shape, but for placeholders and what is small already.
+    """
+    held = []
+    for path, shape in leaves:
+        own = ending(path, part)
+        if own is None or shape is None or math.prod(shape) <= 1:
+            continue
+        whole, keep = part[own]
+        if shape not in (whole, tuple(map(len, keep))):
+            return 0, False
+        held.append(own)
+    return len(held), set(held) == set(part)
 
 
 def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> None:

@@ -82,15 +82,22 @@ class Plan:
         leaves, treedef = jax.tree.flatten(tree)
         names, averages = leaf_names(tree), self._averages(tree)
         paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
-        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-        wanted = inside(list(zip(paths, shapes, strict=True)), wanted)
+        units = [
+            next((kept for at, kept in averages.items() if path[: len(at)] == at), None)
+            for path in paths
+        ]
+        shapes = [
+            (path, getattr(leaf, "shape", None))
+            for path, leaf, kept in zip(paths, leaves, units, strict=True)
+            if kept is None
+        ]
+        wanted = inside(shapes, wanted)
         check_places(tree, wanted, averages)
         small = []
-        for name, path, leaf in zip(names, paths, leaves, strict=True):
-            units = [kept for at, kept in averages.items() if path[: len(at)] == at]
+        for name, path, leaf, kept in zip(names, paths, leaves, units, strict=True):
             own = ending(path, wanted)
-            if units:
-                leaf = leaf.take(*units)
+            if kept is not None:
+                leaf = leaf.take(kept)
             elif own is not None:
                 leaf = _take(name, leaf, own, *wanted[own])
             small.append(leaf)
