@@ -274,17 +274,19 @@ def _decay(
             flags_in(params),
             is_leaf=lambda x: x is None,
         )
-        decay, is_scheduled = weight_decay, bool(jax.tree.leaves(state))
-        if callable(decay) and not is_scheduled:
-            raise ValueError(
-                "this state is of an optimizer without a schedule of weight_decay, and "
-                "has no place for its step. Begin with a new one, tx.init(params), or "
-                "keep the settings."
-            )
-        if is_scheduled and not callable(decay):
-            decay = lambda _: weight_decay  # the state goes on counting
+        decay, counts = weight_decay, jax.tree.leaves(state)
+        if callable(decay):
+            if not counts:
+                raise ValueError(
+                    "this state is of an optimizer without a schedule of weight_decay, "
+                    "and has no place for its step. Begin with a new one, "
+                    "tx.init(params), or keep the settings."
+                )
+            decay = decay(*counts)
         tx = optax.add_decayed_weights(decay, mask=flags)
-        return tx.update(updates, state, params)
+        updates, _ = tx.update(updates, tx.init(params), params)
+        # Counted here, because optax 0.2.6 does not.
+        return updates, jax.tree.map(optax.safe_increment, state)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
