@@ -372,8 +372,11 @@ def test_a_momentum_that_drops_imaginary_parts_is_refused():
     assert optax.tree.get(tx.init(params), "trace")["kernel"].dtype == jnp.complex64
 
 
+@pytest.mark.promotes
 def test_a_scheduled_decay_is_that_of_its_step():
-    tx = gsm_sgd(1.0, 0.5, momentum=0.0, weight_decay=lambda step: 0.25 * step)
+    tx = gsm_sgd(
+        1.0, 0.5, momentum=0.0, weight_decay=optax.linear_schedule(0.0, 1.0, 4)
+    )
     params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
     zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
     for step in range(3):
