@@ -267,7 +267,7 @@ def _decay(
         _warn_of_half_precision(flags, params)
         return optax.add_decayed_weights(weight_decay, mask=flags).init(params)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
         flags = jax.tree.map(
             lambda grad, flag: None if flag is None else flag and grad is not None,
             updates,
