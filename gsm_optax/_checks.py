@@ -238,3 +238,12 @@ def check_count(name: str, value: Any, least: int, meaning: str) -> int:
             f"{meaning}."
         )
     return int(value)
+
+
+def check_room(name: str, is_needed: bool, has_room: bool) -> None:
+    """Raise `ValueError` if a state lacks what the settings keep in it."""
+    if is_needed and not has_room:
+        raise ValueError(
+            f"this state is of an optimizer without {name}, and has no place for it. "
+            "Begin with a new one, tx.init(params), or keep the settings."
+        )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_decay, check_momentum, value_at
+from gsm_optax._checks import check_decay, check_momentum, check_room, value_at
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance, wider_dtype
 from gsm_optax._paths import leaf_names
@@ -275,13 +275,8 @@ def _decay(
             is_leaf=lambda x: x is None,
         )
         decay, counts = weight_decay, jax.tree.leaves(state)
+        check_room("a schedule of weight_decay", callable(decay), bool(counts))
         if callable(decay):
-            if not counts:
-                raise ValueError(
-                    "this state is of an optimizer without a schedule of weight_decay, "
-                    "and has no place for its step. Begin with a new one, "
-                    "tx.init(params), or keep the settings."
-                )
             decay = decay(*counts)
         tx = optax.add_decayed_weights(decay, mask=flags)
         updates, _ = tx.update(updates, tx.init(params), params)

@@ -17,6 +17,7 @@ from gsm_optax._checks import (
     check_kept,
     check_ratio,
     check_reserved,
+    check_room,
     check_smoothing,
     concrete,
     first_value,
@@ -293,17 +294,11 @@ def _check_holds(
     units: "Units | None",
 ) -> None:
     """Raise `ValueError` if a state lacks what these settings keep in it."""
-    needed = {
-        "smoothing": (concrete(smoothing) not in (0, None), state.average),
-        "a schedule of ratio or passive_decay": (scheduled, state.step),
-        "track_churn": (track_churn, state.active),
-    }
-    for name, (is_needed, held) in needed.items():
-        if is_needed and held is None:
-            raise ValueError(
-                f"this state is of an optimizer without {name}, and has no place for "
-                "it. Begin with a new one, tx.init(params), or keep the settings."
-            )
+    smooths = concrete(smoothing) not in (0, None)
+    check_room("smoothing", smooths, state.average is not None)
+    schedule = "a schedule of ratio or passive_decay"
+    check_room(schedule, scheduled, state.step is not None)
+    check_room("track_churn", track_churn, state.active is not None)
     if units is not None and state.average is not None:
         held = [x.size for x in jax.tree.leaves(state.average)]
         sizes = [family.size for family in units.families]

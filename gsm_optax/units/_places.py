@@ -18,6 +18,11 @@ from gsm_optax._paths import leaf_names, leaf_paths
 Path = tuple[str, ...]
 
 
+def strings(path: tuple[Any, ...]) -> Path:
+    """A path whose keys are text."""
+    return tuple(map(str, path))
+
+
 def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
     """What the names of a part of the parameters lack at their start.
 
@@ -41,8 +46,8 @@ def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
     if len(fitting) > 1:
         filled = leaf_names(_filled(part))
         has = lambda name: any(f"{x}/".startswith(f"{name}/") for x in own)
-        inside = lambda start: all(has(start + name) for name in filled)
-        fitting = list(filter(inside, fitting)) or fitting
+        holds = lambda start: all(has(start + name) for name in filled)
+        fitting = list(filter(holds, fitting)) or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -137,16 +142,16 @@ def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> 
     """
     fields: dict[tuple[Any, ...], set[Path]] = {}
     for keys in leaf_paths(tree):
-        path = _strings(keys)
+        path = strings(keys)
         own = ending(path, wanted)
         if own and not any(path[: len(at)] == at for at in but):
             fields.setdefault(keys[: len(keys) - len(own)], set()).add(own)
-    everything = list(map(_strings, leaf_paths(_filled(tree))))
+    everything = list(map(strings, leaf_paths(_filled(tree))))
     for field, held in fields.items():
         if held != set(wanted):
-            at = _strings(field)
-            inside = [path[len(at) :] for path in everything if path[: len(at)] == at]
-            _check_part(_name(field), next(iter(held)), inside, wanted)
+            at = strings(field)
+            there = [path[len(at) :] for path in everything if path[: len(at)] == at]
+            _check_part(_name(field), next(iter(held)), there, wanted)
     # A field of the state that holds several trees with the parameters' names.
     networks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for field, held in fields.items():
@@ -180,10 +185,6 @@ def _check_part(
                 f"{''.join(start)}, which have the same names. Find the units of "
                 "what is trained alone, or begin with a new state, tx.init(small)."
             )
-
-
-def _strings(path: tuple[Any, ...]) -> Path:
-    return tuple(map(str, path))
 
 
 def _has_field(path: tuple[Any, ...]) -> bool:

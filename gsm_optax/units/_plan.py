@@ -15,7 +15,7 @@ from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
 from gsm_optax.units._compare import programs_in
 from gsm_optax.units._families import Family
-from gsm_optax.units._places import Path, check_places, ending, inside
+from gsm_optax.units._places import Path, check_places, ending, inside, strings
 from gsm_optax.units._units import Units
 
 
@@ -71,7 +71,7 @@ class Plan:
                 belongs to a unit.
         """
         wanted = {
-            tuple(map(str, path)): (leaf.shape, keep)
+            strings(path): (leaf.shape, keep)
             for path, leaf, keep in zip(
                 leaf_paths(self.units.like),
                 jax.tree.leaves(self.units.like),
@@ -81,7 +81,7 @@ class Plan:
         }
         leaves, treedef = jax.tree.flatten(tree)
         names, averages = leaf_names(tree), self._averages(tree)
-        paths = [tuple(map(str, path)) for path in leaf_paths(tree)]
+        paths = list(map(strings, leaf_paths(tree)))
         units = [
             next((kept for at, kept in averages.items() if path[: len(at)] == at), None)
             for path in paths
@@ -113,7 +113,7 @@ class Plan:
                 for i, plan in enumerate(self.families):
                     key = jax.tree_util.SequenceKey(i)
                     at = *path, jax.tree_util.GetAttrKey("average"), key
-                    found[tuple(map(str, at))] = plan.kept
+                    found[strings(at)] = plan.kept
         return found
 
     def check(self, fn: Callable[..., Any], params: Any, small: Any) -> None:
