@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 # What flax puts around arrays, by the class that each of them inherits from: nnx.Param
 # and its like, and nn.Partitioned. By name, because flax need not be installed.
@@ -53,6 +54,11 @@ def _is_box(node: Any) -> bool:
         base.__name__ in _BOXES and base.__module__.partition(".")[0] == "flax"
         for base in type(node).__mro__
     )
+
+
+def is_hole(node: Any) -> bool:
+    """Whether this stands in the place of a leaf or a branch that is left out."""
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def check_arrays(tree: Any) -> None:

@@ -19,6 +19,7 @@ from gsm_optax._checks import (
 from gsm_optax._entries import Entries
 from gsm_optax._importance import magnitude_importance
 from gsm_optax._masking import find_state
+from gsm_optax._paths import is_hole
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
@@ -316,23 +317,19 @@ def freeze_pruned(mask: Any) -> optax.GradientTransformationExtraArgs:
 
 def _apply(mask: Any, tree: Any) -> Any:
     def or_zero(x, kept):
-        if _is_hole(x) or jnp.result_type(x) == jax.dtypes.float0:
+        if is_hole(x) or jnp.result_type(x) == jax.dtypes.float0:
             return x
         # Not a product: an infinite or NaN entry that is pruned becomes zero too.
         return jnp.where(kept, x, jnp.zeros_like(x))
 
-    return jax.tree.map(or_zero, tree, mask, is_leaf=_is_hole)
-
-
-def _is_hole(value: Any) -> bool:
-    return value is None or isinstance(value, optax.MaskedNode)
+    return jax.tree.map(or_zero, tree, mask, is_leaf=is_hole)
 
 
 def _fitted(mask: Any, params: Any) -> Any:
     """The mask, with holes where `params` has them; `ValueError` if it does not fit."""
     try:
         fitted = jax.tree.map(
-            lambda x, m: x if _is_hole(x) else m, params, mask, is_leaf=_is_hole
+            lambda x, m: x if is_hole(x) else m, params, mask, is_leaf=is_hole
         )
         same = jax.tree.structure(fitted) == jax.tree.structure(params)
     except ValueError:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gsm_optax._paths import is_hole
+
 
 def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Array]:
     """One bool scalar for each leaf that `taking` names, traced or not.
@@ -17,7 +19,6 @@ def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Ar
         taking: indices among the leaves of the updates, None included and
             `optax.MaskedNode` not.
     """
-    is_hole = lambda x: x is None or isinstance(x, optax.MaskedNode)
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_hole)
     try:
         flags = treedef.flatten_up_to(trainable)

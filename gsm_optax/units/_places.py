@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import DictKey, GetAttrKey
 
-from gsm_optax._paths import leaf_names, leaf_paths
+from gsm_optax._paths import is_hole, leaf_names, leaf_paths
 
 Path = tuple[str, ...]
 
@@ -197,5 +196,4 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _filled(tree: Any) -> Any:
     """The tree with leaves in the place of its holes."""
-    is_hole = lambda x: x is None or isinstance(x, optax.MaskedNode)
     return jax.tree.map(lambda x: 0 if is_hole(x) else x, tree, is_leaf=is_hole)
