@@ -302,7 +302,7 @@ def draw_schemes(results):
                 100 * savings, means, stds,
                 marker=marker, color=colour, capsize=2, label=scheme,
             )  # fmt: skip
-        axis.set(title=f"{name}, 90 % pruned", xlabel="training FLOPs saved (%)")
+        axis.set(title=name, xlabel="training FLOPs saved (%)")
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[0, 0].legend(fontsize=8)
     return figure
@@ -343,7 +343,8 @@ def main(argv=None):
     machine = f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}"
     print(", ".join(["\n" + machine, *versions]))
     draw_similarities(results).savefig(args.output / "layers_settle.png", dpi=80)
-    draw_schemes(results).savefig(args.output / "freezing_schemes.png", dpi=90)
+    pruned = {f"{name}, 90 % pruned": result for name, result in results.items()}
+    draw_schemes(pruned).savefig(args.output / "freezing_schemes.png", dpi=90)
     print(f"\nfigures: {args.output}")
 
 
