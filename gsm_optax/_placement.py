@@ -101,6 +101,17 @@ def along(row: jax.Array, like: jax.Array, axis: int) -> jax.Array:
     return jnp.expand_dims(row, [i for i in range(like.ndim) if i != axis])
 
 
+def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array of the shape of a leaf, on an explicit mesh laid out as that is."""
+    sharding = jax.typeof(like).sharding
+    return jax.sharding.reshard(x, sharding) if _is_explicit(sharding.mesh) else x
+
+
+def is_explicit(x: Any) -> bool:
+    """Whether an array lives on a mesh with explicit axes."""
+    return isinstance(x, jax.Array) and _is_explicit(jax.typeof(x).sharding.mesh)
+
+
 def _is_explicit(mesh: Any) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 

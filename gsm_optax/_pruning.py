@@ -20,6 +20,7 @@ from gsm_optax._entries import Entries
 from gsm_optax._importance import magnitude_importance
 from gsm_optax._masking import find_state
 from gsm_optax._paths import is_hole
+from gsm_optax._placement import placed_as
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
@@ -320,7 +321,7 @@ def _apply(mask: Any, tree: Any) -> Any:
         if is_hole(x) or jnp.result_type(x) == jax.dtypes.float0:
             return x
         # Not a product: an infinite or NaN entry that is pruned becomes zero too.
-        return jnp.where(kept, x, jnp.zeros_like(x))
+        return jnp.where(placed_as(kept, x), x, jnp.zeros_like(x))
 
     return jax.tree.map(or_zero, tree, mask, is_leaf=is_hole)
 

@@ -15,7 +15,7 @@ from jax import lax
 from trees import first_step
 from zoo import randomized, sample
 
-from gsm_optax import gsm_sgd, prune
+from gsm_optax import gsm_sgd, mask_by_importance, prune
 from gsm_optax.units import find_units, shrink
 
 pytestmark = pytest.mark.optimize(False)
@@ -346,8 +346,13 @@ def test_state_of_gsm_by_units_shrinks_too():
         shrunk, optax.tree.get(state, "average"), plan.families, strict=True
     ):
         np.testing.assert_array_equal(own, before[family.kept])
-    new = gsm_sgd(1e-2, 0.5, units=find_units(fn, small, x), smoothing=0.9)
+    found = find_units(fn, small, x)
+    new = gsm_sgd(1e-2, 0.5, units=found, smoothing=0.9)
     jax.jit(new.update)(gradient(small), plan.apply(state), small)
+    # Without momentum nothing but the average tells that it is small already.
+    alone = mask_by_importance(0.5, units=units, smoothing=0.9).init(params)
+    with pytest.raises(ValueError, match=r"average/0 has shape \[3\], .* has \[6\]"):
+        plan.apply(plan.apply(alone))
 
 
 def test_pruning_by_units_compiles_once_and_does_not_keep_them(caplog):

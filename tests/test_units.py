@@ -8,7 +8,8 @@ import zoo
 from jax import lax
 from zoo import F32, randomized, removed, sample
 
-from gsm_optax.units import find_units
+from gsm_optax import apply_mask
+from gsm_optax.units import find_units, shrink
 
 pytestmark = pytest.mark.optimize(False)
 
@@ -249,9 +250,11 @@ def test_sum_and_expand_agree_where_units_share_entries(build):
             )
 
 
-def test_sum_works_on_any_mesh_with_reductions_only():
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sum_and_expand_work_on_any_mesh(kind):
     units = find_units(two_layers, TWO, sample((2, 3)))
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    kind = jax.sharding.AxisType[kind]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
     spec = {"w": (None, "x"), "b": (None, "x"), "v": ("x", None)}
     place = lambda x, axes: jax.device_put(
         x, jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
@@ -261,6 +264,15 @@ def test_sum_works_on_any_mesh_with_reductions_only():
     np.testing.assert_allclose(total, units.sum(TWO)[0], rtol=1e-6)
     mask = jax.jit(units.expand)([total > 0])
     assert mask["v"][:, 0].tolist() == (total > 0).tolist()
+    masked = apply_mask(sharded, mask)
+    np.testing.assert_array_equal(masked["v"], TWO["v"] * np.asarray(mask["v"]))
+    assert masked["v"].sharding.is_equivalent_to(sharded["v"].sharding, 2)
+    if kind == jax.sharding.AxisType.Explicit:
+        with pytest.raises(ValueError, match=r"b is on .* Explicit .*device_get"):
+            shrink(masked, units)
+        _, plan = shrink(jax.device_get(masked), units)
+        with pytest.raises(ValueError, match=r"b is on .* Explicit .*device_get"):
+            plan.apply(masked)
 
 
 def test_table_says_what_is_in_a_unit_and_what_pins_an_axis():

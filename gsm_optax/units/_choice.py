@@ -158,12 +158,8 @@ class WholeUnits:
         return add_words(counts)
 
     def _masks(self, active: Sequence[jax.Array]) -> list[jax.Array]:
-        masks = [jnp.ones_like(param, dtype=bool) for param, _ in self._pairs]
-        for family, value in zip(self._families, active, strict=True):
-            value = jnp.append(value, True)  # of no unit
-            for part in family.slices:
-                param, _ = self._pairs[part.leaf]
-                masks[part.leaf] &= along(value[part.units_along()], param, part.axis)
+        params = [param for param, _ in self._pairs]
+        masks = masks_of(self._families, active, params)
         if self._parts is not None:
             masks = list(map(jnp.logical_and, masks, self._parts))
         return masks
@@ -176,6 +172,25 @@ class WholeUnits:
             reduce(jnp.logical_or, [self._parts[part.leaf] for part in family.slices])
             for family in self._families
         ]
+
+
+def masks_of(
+    families: Sequence[Family], active: Sequence[jax.Array], leaves: Sequence[Any]
+) -> list[jax.Array]:
+    """Bools like the leaves: whether all units of an entry are active.
+
+    Args:
+        families: whose slices name leaves by their place among `leaves`.
+        active: bools, for each family of shape [size].
+        leaves: arrays, or shapes.
+    """
+    masks = [jnp.ones_like(leaf, dtype=bool) for leaf in leaves]
+    for family, value in zip(families, active, strict=True):
+        value = jnp.append(value, True)  # of no unit
+        for part in family.slices:
+            row = along(value[part.units_along()], leaves[part.leaf], part.axis)
+            masks[part.leaf] &= row
+    return masks
 
 
 def _axes(

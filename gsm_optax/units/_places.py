@@ -5,7 +5,7 @@ part of them, such as one collection of a linen module, whose paths begin furthe
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,19 +131,21 @@ def _fit(
     return len(held), set(held) == set(part)
 
 
-def check_places(tree: Any, wanted: Collection[Path], but: Collection[Path]) -> None:
+def check_places(
+    tree: Any,
+    places: Iterable[tuple[tuple[Any, ...], Path | None]],
+    wanted: Collection[Path],
+) -> None:
     """Raise `ValueError` if leaves of a state may stand for one parameter or another.
 
     Args:
         tree: what ends in the paths of the parameters.
-        wanted: their paths.
-        but: paths whose leaves stand for none.
+        places: the path of every leaf, and the parameter that it stands for, if any.
+        wanted: the paths of the parameters.
     """
     fields: dict[tuple[Any, ...], set[Path]] = {}
-    for keys in leaf_paths(tree):
-        path = strings(keys)
-        own = ending(path, wanted)
-        if own and not any(path[: len(at)] == at for at in but):
+    for keys, own in places:
+        if own:
             fields.setdefault(keys[: len(keys) - len(own)], set()).add(own)
     everything = list(map(strings, leaf_paths(_filled(tree))))
     for field, held in fields.items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from gsm_optax._masking import MaskByImportanceState
 from gsm_optax._paths import leaf_names, leaf_paths
+from gsm_optax._placement import is_explicit
 from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
 from gsm_optax.units._compare import programs_in
@@ -68,7 +69,7 @@ class Plan:
         Raises:
             ValueError: if a leaf stands for a parameter and has another shape than
                 that, or may stand for one or another, so that it is not known what
-                belongs to a unit.
+                belongs to a unit; or if one is on an explicit mesh.
         """
         wanted = {
             strings(path): (leaf.shape, keep)
@@ -80,31 +81,37 @@ class Plan:
             )
         }
         leaves, treedef = jax.tree.flatten(tree)
-        names, averages = leaf_names(tree), self._averages(tree)
-        paths = list(map(strings, leaf_paths(tree)))
+        check_cuttable(tree)
+        keys, names = list(leaf_paths(tree)), leaf_names(tree)
+        paths, averages = list(map(strings, keys)), self._averages(tree)
         units = [
-            next((kept for at, kept in averages.items() if path[: len(at)] == at), None)
+            next((own for at, own in averages.items() if path[: len(at)] == at), None)
             for path in paths
         ]
         shapes = [
             (path, getattr(leaf, "shape", None))
-            for path, leaf, kept in zip(paths, leaves, units, strict=True)
-            if kept is None
+            for path, leaf, own in zip(paths, leaves, units, strict=True)
+            if own is None
         ]
         wanted = inside(shapes, wanted)
-        check_places(tree, wanted, averages)
+        params = [
+            ending(path, wanted) if own is None else None
+            for path, own in zip(paths, units, strict=True)
+        ]
+        check_places(tree, zip(keys, params, strict=True), wanted)
         small = []
-        for name, path, leaf, kept in zip(names, paths, leaves, units, strict=True):
-            own = ending(path, wanted)
-            if kept is not None:
-                leaf = leaf.take(kept)
-            elif own is not None:
-                leaf = _take(name, leaf, own, *wanted[own])
+        for name, leaf, own, param in zip(names, leaves, units, params, strict=True):
+            if param == () and jnp.shape(leaf) != wanted[()][0]:
+                param = (
+                    None  # all paths end with that of a single array, which is empty
+                )
+            if own or param is not None:
+                leaf = _take(name, leaf, *(own or wanted[param]))
             small.append(leaf)
         return jax.tree.unflatten(treedef, small)
 
-    def _averages(self, tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-        """Where in the tree GSM by units keeps a number a unit; which units stay."""
+    def _averages(self, tree: Any) -> dict[Path, tuple[tuple[int], list[np.ndarray]]]:
+        """Where GSM by units keeps a number a unit: its shape, and which units stay."""
         is_choice = lambda x: isinstance(x, MaskByImportanceState)
         pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_choice)
         found = {}
@@ -113,7 +120,7 @@ class Plan:
                 for i, plan in enumerate(self.families):
                     key = jax.tree_util.SequenceKey(i)
                     at = *path, jax.tree_util.GetAttrKey("average"), key
-                    found[strings(at)] = plan.kept
+                    found[strings(at)] = (plan.family.size,), [plan.kept]
         return found
 
     def check(self, fn: Callable[..., Any], params: Any, small: Any) -> None:
@@ -190,14 +197,11 @@ class Plan:
         return sum(map(math.prod, before)), sum(map(math.prod, after))
 
 
-def _take(
-    name: str, leaf: Any, path: Path, shape: tuple[int, ...], keep: list[np.ndarray]
-) -> Any:
+def _take(name: str, leaf: Any, shape: tuple[int, ...], keep: list[np.ndarray]) -> Any:
     if shape == tuple(map(len, keep)):
         return leaf
     if jnp.shape(leaf) != shape:
-        # A placeholder; or all paths end with that of a single array, which is empty.
-        if jnp.size(leaf) <= 1 or not path:
+        if jnp.size(leaf) <= 1:  # a placeholder
             return leaf
         raise ValueError(
             f"{name} has shape {list(jnp.shape(leaf))}, but the parameter that it "
@@ -208,6 +212,20 @@ def _take(
         if len(indices) < shape[axis]:
             leaf = leaf.take(indices, axis)
     return leaf
+
+
+def check_cuttable(tree: Any) -> None:
+    """Raise `ValueError` if a leaf lives on an explicit mesh.
+
+    There no axis is split over devices whose number does not divide its size.
+    """
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if is_explicit(leaf):
+            raise ValueError(
+                f"{name} is on a mesh with Explicit axes, where sizes have to fit the "
+                "devices: give jax.device_get(...) of it, and place anew what comes "
+                "back."
+            )
 
 
 def check_plan(plan: Plan, params: Any, folded: Any) -> Any:

@@ -112,9 +112,9 @@ def _mean(
             _scaled, family.slices[:i], part, score, leaves[part.leaf], scales, bits
         )
         x, _ = scaled(before=fine)
-        coarse += _sum(jnp.round(x), part)
+        coarse += sum_units(jnp.round(x), part)
         x, more = scaled(before=coarse)
-        fine += _sum(jnp.round((x - jnp.round(x)) * more), part)
+        fine += sum_units(jnp.round((x - jnp.round(x)) * more), part)
     total = coarse + fine / np.float32(2**bits)
     if parts is None:
         mean = total * np.float32(1 / entries)
@@ -144,20 +144,25 @@ def _scaled(
 
     Zero in no unit, and where slices of the same family have `counted` them.
     """
-    own = part.units_along()
-    row = jnp.append(scales, 0)[own]
+    row = jnp.append(scales, 0)[part.units_along()]
     (args, row, more), _ = _anew((args, row, jnp.float32(2**bits)), before)
-    x = score(*args) * along(row, args[0], part.axis)
+    return once(score(*args) * along(row, args[0], part.axis), counted, part), more
+
+
+def once(x: jax.Array, counted: Sequence[Slices], part: Slices) -> jax.Array:
+    """A leaf, zero where slices of the same family have `counted` its entries."""
     for other in counted:
         if other.leaf == part.leaf:
-            theirs = along(jnp.asarray(other.units_along()), args[0], other.axis)
-            again = along(jnp.asarray(own), args[0], part.axis) == theirs
-            x = jnp.where(again, 0, x)
-    return x, more
+            own, theirs = (
+                along(jnp.asarray(slices.units_along()), x, slices.axis)
+                for slices in (part, other)
+            )
+            x = jnp.where(own == theirs, jnp.zeros((), x.dtype), x)
+    return x
 
 
-def _sum(x: jax.Array, part: Slices) -> jax.Array:
-    """Sum over each unit: float32[size]."""
+def sum_units(x: jax.Array, part: Slices) -> jax.Array:
+    """Sum over each unit: an array of shape [size]."""
     return everywhere(jnp.sum(x, _others(x, part)))[part.indices].sum(1)
 
 

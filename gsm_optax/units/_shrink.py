@@ -10,7 +10,7 @@ from jax.core import Tracer
 from gsm_optax._checks import check_count
 from gsm_optax.units._axes import slab_values
 from gsm_optax.units._fold import fold_constants
-from gsm_optax.units._plan import FamilyPlan, Plan, check_plan
+from gsm_optax.units._plan import FamilyPlan, Plan, check_cuttable, check_plan
 from gsm_optax.units._program import leaf_nodes, unit_nodes, walk_program
 from gsm_optax.units._units import Units
 
@@ -50,8 +50,8 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
         nothing is removed, the parameters are those that were given.
 
     Raises:
-        ValueError: if `units` are those of another tree, the parameters are shapes or
-            traced, or the outputs differ by more than rounding.
+        ValueError: if `units` are those of another tree, the parameters are shapes,
+            traced or on an explicit mesh, or the outputs differ by more than rounding.
 
     Example:
         >>> import jax
@@ -85,6 +85,7 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
             "shrink decides by the values of the parameters: give arrays, no shapes, "
             "and call it outside of jit."
         )
+    check_cuttable(params)
     arrays = list(map(_on_host, leaves))
     held = [np.zeros(family.size, bool) for family in units.families]
     while True:

@@ -11,9 +11,10 @@ import numpy as np
 
 from gsm_optax._paths import leaf_names
 from gsm_optax._tables import align
-from gsm_optax.units._choice import WholeUnits
+from gsm_optax.units._choice import WholeUnits, masks_of
 from gsm_optax.units._families import Family, Pinned, own_sizes
 from gsm_optax.units._places import start_of
+from gsm_optax.units._scores import once, sum_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +76,8 @@ class Units:
                 f"with one entry a unit, {wanted}."
             )
         leaves, treedef = jax.tree.flatten(self.like)
-        masks = [jnp.ones((1,) * len(leaf.shape), bool) for leaf in leaves]
-        for family, value in zip(self.families, values, strict=True):
-            active = jnp.append(jnp.asarray(value, bool), True)  # for unit -1
-            for slices in family.slices:
-                rank = masks[slices.leaf].ndim
-                row = active[slices.units_along()]
-                masks[slices.leaf] &= _along(row, slices.axis, rank)
-        return jax.tree.unflatten(
-            treedef,
-            [jnp.broadcast_to(m, x.shape) for m, x in zip(masks, leaves, strict=True)],
-        )
+        active = [jnp.asarray(value, bool) for value in values]
+        return jax.tree.unflatten(treedef, masks_of(self.families, active, leaves))
 
     def kept_indices(self, gone: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """For each axis of each leaf the indices that stay when units go.
@@ -207,22 +199,12 @@ def _check_shape(name: str, shape: tuple[int, ...], own: tuple[int, ...]) -> Non
         )
 
 
-def _along(row: Any, axis: int, rank: int) -> jax.Array:
-    return row.reshape([-1 if i == axis else 1 for i in range(rank)])
-
-
 def _sum_family(family: Family, leaves: list[Any]) -> jax.Array:
     parts = []
-    for i, slices in enumerate(family.slices):
-        leaf = jnp.asarray(leaves[slices.leaf])
-        leaf = leaf.astype(_sum_dtype(leaf.dtype))
-        own = _along(slices.units_along(), slices.axis, leaf.ndim)
-        for other in family.slices[:i]:
-            if other.leaf == slices.leaf:  # counted there already
-                again = own == _along(other.units_along(), other.axis, leaf.ndim)
-                leaf = jnp.where(again, jnp.zeros((), leaf.dtype), leaf)
-        others = [axis for axis in range(leaf.ndim) if axis != slices.axis]
-        parts.append(leaf.sum(others)[slices.indices].sum(1))
+    for i, part in enumerate(family.slices):
+        leaf = jnp.asarray(leaves[part.leaf])
+        leaf = once(leaf.astype(_sum_dtype(leaf.dtype)), family.slices[:i], part)
+        parts.append(sum_units(leaf, part))
     dtype = reduce(np.promote_types, [part.dtype for part in parts])
     return reduce(jnp.add, [part.astype(dtype) for part in parts])
 
