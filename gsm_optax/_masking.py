@@ -44,7 +44,7 @@ from gsm_optax._prunable import (
     to_marks,
     warn_of_zeros,
 )
-from gsm_optax._smoothing import nothing_averaged
+from gsm_optax._smoothing import check_accumulator, nothing_averaged, warn_of_coarse
 from gsm_optax._trainable import flags_of
 from gsm_optax._words import count_dtype, num_kept, to_count
 
@@ -147,7 +147,7 @@ def mask_by_importance(
         min_kept: without `units`: how many entries of every prunable leaf are active
             before others are, by default 0. Takes a search for each leaf.
         accumulator_dtype: dtype of the average that `smoothing` keeps; by default
-            float32.
+            float32, and of a complex one the real part.
         track_churn: whether the state also counts the entries that change side, active
             or passive, at every step: for one bool per prunable entry.
         axis_name: only inside `jax.shard_map` or `jax.pmap`: the name or names of the
@@ -171,7 +171,8 @@ def mask_by_importance(
 
     Warns:
         UserWarning: from `init`, if a prunable leaf is all zeros (a LoRA's B, say),
-            because then none of it can ever become active.
+            because then none of it can ever become active; or if the average is kept in
+            half precision, where small changes round away.
 
     Example:
         >>> import jax.numpy as jnp
@@ -189,6 +190,7 @@ def mask_by_importance(
     """
     check_ratio(ratio)
     check_smoothing(smoothing)
+    check_accumulator(accumulator_dtype)
     min_kept, min_units = check_floors(min_kept, min_units, units)
     if passive_decay is not None:
         check_decay("passive_decay", passive_decay, least=-sys.float_info.max)
@@ -197,6 +199,7 @@ def mask_by_importance(
             "with units= the choice is among the leaves that hold units, all of which "
             "every device has to see: leave prunable= out, and axis_name= too, or ()."
         )
+    by_units = units is not None
     scheduled = callable(ratio) or callable(passive_decay)
     # The default is None, since inject_hyperparams takes callables for schedules.
     importance = taylor_importance if importance is None else importance
@@ -213,13 +216,12 @@ def mask_by_importance(
         check_any_prunable(flags, params)
         first_ratio = concrete(first_value(ratio))
         # At a ratio of zero everything is active, and then no longer zero.
-        by_units = units is not None
         if needs_nonzero(importance) and first_ratio != 0:
             # Biases of units may be zeros: their kernels keep the unit alive.
             weights = kernels(params) if by_units else flags
             warn_of_zeros(jax.tree.map(operator.and_, flags, weights), params)
         total = entries_of(flags, params)
-        if total and (axis_name is None or by_units):  # else these may be parts
+        if total and not axis_name:  # else these may be parts
             chosen = [i for i, flag in enumerate(jax.tree.leaves(flags)) if flag]
             leaves = list(map(jax.typeof, jax.tree.leaves(params)))
             pool = pool_of(params, chosen, [(leaves[i], leaves[i]) for i in chosen])
@@ -229,7 +231,8 @@ def mask_by_importance(
         scalar = lambda dtype: jnp.zeros((), dtype)
         average, averaged = None, None
         if concrete(smoothing) != 0:
-            dtype = accumulator_dtype or jnp.float32
+            dtype = jnp.finfo(accumulator_dtype or jnp.float32).dtype  # if complex
+            warn_of_coarse(dtype, concrete(smoothing))
             average, averaged = nothing_averaged(flags, params, dtype, units)
         return MaskByImportanceState(
             threshold=scalar(jnp.float32),
@@ -251,7 +254,7 @@ def mask_by_importance(
                 "call tx.update(grads, state, params)."
             )
         flags = flags_in(params)
-        check_marks(state.prunable, flags, params, by_units=units is not None)
+        check_marks(state.prunable, flags, params, by_units=by_units)
         _check_holds(state, smoothing, scheduled, track_churn, units)
         grads, taking, places, pairs, treedef = _split(updates, params, flags)
         check_axis_name(pairs, axis_name)

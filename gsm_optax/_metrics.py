@@ -57,6 +57,8 @@ def metrics(
     Returns:
         A flat dict of scalars, float32 and int32. A pure function: call it inside jit
         or out of it, at every step or now and then. It reads the parameters once.
+        Inside `shard_map` or `pmap` every device must hold all of them; where they are
+        split, call it outside.
 
     Raises:
         ValueError: if `opt_state` has no state of `mask_by_importance`, or several; if

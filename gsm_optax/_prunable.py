@@ -63,12 +63,16 @@ def kernels(params: Any) -> Any:
     Returns:
         The same tree with a bool at every leaf.
 
+    Raises:
+        ValueError: if a leaf is no array.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from gsm_optax import kernels
         >>> kernels({"kernel": jnp.ones((3, 2)), "bias": jnp.ones((3, 2))})
         {'bias': False, 'kernel': True}
     """
+    check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
     key_name = lambda key: jax.tree_util.keystr((key,), simple=True)
     paths = [
@@ -120,9 +124,9 @@ def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
     """
     if not jax.tree.leaves(params):  # optax.tree.map_params passes a leafless tree
         return params
-    check_arrays(params)
     if prunable is None:
         return kernels(params)
+    check_arrays(params)
     # A callable pytree (an equinox module of bools) is a tree, as in optax.masked.
     treedef = jax.tree.structure(prunable)
     is_function = callable(prunable) and jax.tree_util.treedef_is_leaf(treedef)

@@ -1,5 +1,6 @@
 """Importance averaged over steps: one batch sees little of what an entry is worth."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,30 @@ def nothing_averaged(
     leaves = jax.tree.leaves(flags, is_leaf=lambda x: x is None)
     counts = jnp.zeros(len(leaves), jnp.int32)
     return prunable_zeros(flags, params, dtype), counts
+
+
+def check_accumulator(dtype: Any) -> None:
+    """Raise `ValueError` unless averages can be kept in a dtype; None is the usual."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"accumulator_dtype={jnp.dtype(dtype).name} is no floating-point dtype: "
+            "momentum and averages have fractions. Leave it out, or give jnp.float32."
+        )
+
+
+def warn_of_coarse(dtype: Any, smoothing: float | None) -> None:
+    """Warn if an average stands still where a step changes it by too little."""
+    info = jnp.finfo(dtype)
+    if smoothing is None or info.bits >= 32:
+        return
+    least = float(info.eps) / 2 / (1 - smoothing)
+    warnings.warn(
+        f"the average of smoothing={smoothing:g} is kept in {info.dtype}: it does not "
+        f"move while the importance is within {least:.0%} of it, and scores below "
+        f"{float(info.smallest_subnormal):.0e} are lost. Leave accumulator_dtype out, "
+        "or give jnp.float32.",
+        stacklevel=2,
+    )
 
 
 def smooth(

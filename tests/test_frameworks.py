@@ -20,6 +20,7 @@ from gsm_optax import (
     apply_mask,
     freeze_pruned,
     gsm_sgd,
+    kernels,
     magnitude_mask,
     metrics,
     prune,
@@ -305,6 +306,7 @@ def test_partitioned_boxes_survive():
 @pytest.mark.parametrize(
     "call",
     [
+        kernels,
         sparsity_report,
         lambda model: prune(model, RATIO),
         lambda model: gsm_sgd(0.1, RATIO).init(model),

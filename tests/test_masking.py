@@ -161,6 +161,8 @@ def test_one_entry_and_no_entry():
     assert (updates["kernel"].tolist(), int(state.num_active)) == ([[1.0]], 1)
     with pytest.raises(ValueError, match=r"ratio=0\.6 keeps none of the 1 prunable"):
         mask_by_importance(0.6).init(one)
+    with pytest.raises(ValueError, match=r"keeps none"):  # of all, on every device
+        mask_by_importance(0.6, axis_name=()).init(one)
     none = jnp.ones((0, 3))
     updates, state = first_step(mask_by_importance(0.5, prunable=True), none, none)
     assert (updates.shape, int(state.num_active)) == ((0, 3), 0)
