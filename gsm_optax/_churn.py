@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from gsm_optax._paths import is_hole
 from gsm_optax._placement import AxisName, most_entries
 from gsm_optax._reductions import NAN_KEY, count
 from gsm_optax._words import to_count
@@ -28,22 +28,18 @@ def track(
         parts: and whether they took part: what sits a step out does not change side.
         axis_name: as `mask_by_importance` was given it.
     """
-    after = [jnp.zeros_like(x) if _is_watched(x) else x for x in before]
+    after = [x if is_hole(x) else jnp.zeros_like(x) for x in before]
     for i, mask in zip(taking, active, strict=True):
         after[i] = mask
     if parts is not None:
         for i, part in zip(taking, parts, strict=True):
             after[i] = jnp.where(part, after[i], before[i])
-    pairs = [pair for pair in zip(before, after, strict=True) if _is_watched(pair[0])]
+    pairs = [pair for pair in zip(before, after, strict=True) if not is_hole(pair[0])]
     # No score reaches the second key. It is there because on the CPU a count of one key
     # alone is far slower: see _reductions.
     keys = jnp.array([1, NAN_KEY], jnp.int32)
     high, low = count(_different, pairs, keys, axis_name)
     return after, to_count((high[0], low[0]), most_entries(pairs, axis_name))
-
-
-def _is_watched(leaf: Any) -> bool:
-    return leaf is not None and not isinstance(leaf, optax.MaskedNode)
 
 
 def _different(before: jax.Array, after: jax.Array) -> jax.Array:

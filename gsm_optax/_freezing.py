@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gsm_optax._freezing_schedules import FreezingSchedule
-from gsm_optax._paths import check_arrays, leaf_names
+from gsm_optax._paths import check_arrays, is_hole, is_masked, leaf_names, listed
 
 Blocks = Sequence[str] | Callable[[str], int]  # path prefixes, or path -> block
 
@@ -109,9 +109,7 @@ def freeze_blocks(
         if trainable is None:
             trainable = unfrozen
         else:  # frozen by another `freeze_blocks`, around this one
-            trainable = jax.tree.map(
-                _both, unfrozen, trainable, is_leaf=_is_masked_node
-            )
+            trainable = jax.tree.map(_both, unfrozen, trainable, is_leaf=is_masked)
         grads = jax.tree.map(_or_zero, trainable, updates)
         updates, inner_state = tx.update(
             grads, state.inner_state, params, trainable=trainable, **extra_args
@@ -190,7 +188,7 @@ def _hold(tx: Any, trainable: Any, new: Any, old: Any) -> Any:
     """The new state, but the old one where it belongs to frozen parameters."""
 
     def flag_of(value, flag):
-        return value if _is_masked_node(value) else flag
+        return value if is_masked(value) else flag
 
     # A tree like the state, with the flag of the parameter in place of what is held
     # for it, and True in place of everything else.
@@ -200,7 +198,7 @@ def _hold(tx: Any, trainable: Any, new: Any, old: Any) -> Any:
         new,
         trainable,
         transform_non_params=lambda _: True,
-        is_leaf=lambda x: x is None or _is_masked_node(x),
+        is_leaf=is_hole,
     )
 
     def choose(flag, a, b):
@@ -225,13 +223,9 @@ def _check_state(tx: Any, state: Any, blocks: Any) -> None:
 
 
 def _both(unfrozen: Any, trainable: Any) -> Any:
-    if _is_masked_node(unfrozen):  # optax.masked, between the two, took it out
+    if is_masked(unfrozen):  # optax.masked, between the two, took it out
         return unfrozen
     return jnp.logical_and(unfrozen, trainable)
-
-
-def _is_masked_node(value: Any) -> bool:
-    return isinstance(value, optax.MaskedNode)
 
 
 def _or_zero(flag: Any, leaf: Any) -> Any:
@@ -249,7 +243,7 @@ def _blocks(block_of: Blocks, tree: Any) -> Any:
     homeless = [path for path, block in blocks.items() if not _is_index(block)]
     if homeless:
         raise ValueError(
-            f"block_of leaves parameters without a block: {', '.join(homeless)}. "
+            f"block_of leaves parameters without a block: {listed(homeless)}. "
             "Every one needs a block, numbered from 0, nearest the input, on."
         )
     return jax.tree.unflatten(jax.tree.structure(tree), map(int, blocks.values()))
@@ -289,5 +283,5 @@ def _check_fit(block_of: Blocks, params: Any) -> None:
     if idle:
         raise ValueError(
             f"block_of names {', '.join(idle)}, which no parameter is in. There are "
-            f"{', '.join(leaf_names(params))}."
+            f"{listed(leaf_names(params))}."
         )

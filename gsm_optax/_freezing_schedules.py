@@ -8,6 +8,7 @@ Sieving: Missing Pieces of a Generic Framework for Sparse Training*, NeurIPS 202
 This file knows only jax.
 """
 
+import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -300,13 +301,9 @@ def single_shot_start(
             f"saving={saving} must be in (0, {saved(0):.4g}]: freezing {blocks} blocks "
             "from step 0 on saves no more. Freeze more blocks, or at shorter intervals."
         )
-    latest, too_late = 0, steps
-    while too_late - latest > 1:
-        middle = (latest + too_late) // 2
-        latest, too_late = (
-            (middle, too_late) if saved(middle) >= saving else (latest, middle)
-        )
-    return latest
+    # The later, the less is saved.
+    late = bisect.bisect_right(range(steps), -saving, key=lambda start: -saved(start))
+    return late - 1
 
 
 def _check_periods(periods: Any) -> None:

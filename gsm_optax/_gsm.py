@@ -11,7 +11,7 @@ import optax
 from gsm_optax._checks import check_decay, check_momentum, check_room, value_at
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance, wider_dtype
-from gsm_optax._paths import leaf_names
+from gsm_optax._paths import leaf_names, listed
 from gsm_optax._placement import AxisName
 from gsm_optax._prunable import Prunable, is_inexact, prunable_tree
 
@@ -320,11 +320,11 @@ def _warn_of_half_precision(flags: Any, params: Any) -> None:
     ]
     if coarse:
         warnings.warn(
-            f"prunable parameters are in half precision: {', '.join(coarse[:8])}"
-            f"{', ...' * (len(coarse) > 8)}. The decay of a step rounds away in them, "
-            "so that nothing becomes zero. Keep parameters in float32 and compute in "
-            "half precision (flax: param_dtype=jnp.float32, dtype=jnp.bfloat16), or "
-            "use stochastic_rounding(gsm_sgd(...)).",
+            f"prunable parameters are in half precision: {listed(coarse)}. The decay "
+            "of a step rounds away in them, so that nothing becomes zero. Keep "
+            "parameters in float32 and compute in half precision (flax: "
+            "param_dtype=jnp.float32, dtype=jnp.bfloat16), or use "
+            "stochastic_rounding(gsm_sgd(...)).",
             stacklevel=2,
         )
 

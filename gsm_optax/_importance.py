@@ -130,10 +130,10 @@ def score_leaves(
 ) -> tuple[ScoreFn, Leaves]:
     """T of every leaf: a function, and the arrays that it is to be called with.
 
-    The importances above look at one entry at a time, so that a search may compute
-    them anew in every pass, wherever a part of the leaf is, and store nothing. What
-    others look at is not known (a normalised importance looks at the whole leaf): they
-    are called once, on leaves as they come, and what they return is stored.
+    Taylor, magnitude and gradient look at one entry at a time, so that a search may
+    compute them anew in every pass, wherever a part of the leaf is, and store nothing.
+    What others look at is not known (a normalised importance looks at the whole leaf):
+    they are called once, on leaves as they come, and what they return is stored.
     """
     for own, score in _ENTRYWISE.items():
         if importance is own:

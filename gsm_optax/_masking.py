@@ -121,9 +121,10 @@ def mask_by_importance(
             parameters in half precision `inject_hyperparams` needs
             `hyperparam_dtype=jnp.float32`.
         importance: `(param, grad) -> score` of a leaf, float32 in and out; by default
-            `taylor_importance`. Those of this library store nothing; what another
-            returns is stored for the step, 4 bytes an entry, so that it may look at
-            the leaf as a whole (inside `shard_map`: at the part that a device holds).
+            `taylor_importance`. Those of Taylor, magnitude and gradient store nothing;
+            what another returns is stored for the step, 4 bytes an entry, so that it
+            may look at the leaf as a whole (inside `shard_map`: at the part that a
+            device holds).
         prunable: pytree prefix of bools, or a callable `params -> such a prefix`. By
             default `kernels`, told by name and shape.
         smoothing: s, in [0, 1). If it is not 0 (the paper's), what is compared is not T

@@ -1,7 +1,7 @@
 """Leaves and their names."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -56,9 +56,20 @@ def _is_box(node: Any) -> bool:
     )
 
 
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names in a row; of many the first few."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def is_hole(node: Any) -> bool:
     """Whether this stands in the place of a leaf or a branch that is left out."""
-    return node is None or isinstance(node, optax.MaskedNode)
+    return node is None or is_masked(node)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether `optax.masked` has taken out a leaf or a branch here."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def check_arrays(tree: Any) -> None:

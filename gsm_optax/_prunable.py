@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from gsm_optax._paths import check_arrays, leaf_paths
+from gsm_optax._paths import check_arrays, is_masked, leaf_names, leaf_paths, listed
 
 # A pytree prefix of bools, or a callable `params -> such a prefix`.
 Prunable = bool | Callable[[Any], Any] | Any
@@ -152,15 +153,15 @@ def check_any_prunable(flags: Any, params: Any) -> None:
     A tree without any leaf passes: `optax.tree.map_params` and `optax.masked` build
     such placeholders.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree.leaves(params)
     if leaves and not any(jax.tree.leaves(flags)):
-        listed = ", ".join(
-            f"{jax.tree_util.keystr(path)}: {jnp.result_type(x)}{list(jnp.shape(x))}"
-            for path, x in leaves[:8]
-        )
+        kinds = [
+            f"{name}: {jnp.result_type(x)}{list(jnp.shape(x))}"
+            for name, x in zip(leaf_names(params), leaves, strict=True)
+        ]
         raise ValueError(
-            f"no leaf is prunable among {listed}{', ...' if len(leaves) > 8 else ''}. "
-            f"{RULE}; name others with prunable=."
+            f"no leaf is prunable among {listed(kinds)}. {RULE}; name others with "
+            "prunable=."
         )
 
 
@@ -169,19 +170,16 @@ def warn_of_zeros(flags: Any, params: Any) -> None:
 
     |θ·∇| is then zero whatever the gradient, so that no entry ever becomes active.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree.leaves(flags), leaf_names(params), jax.tree.leaves(params)
     dead = [
-        jax.tree_util.keystr(path)
-        for (path, x), flag in zip(leaves, jax.tree.leaves(flags), strict=True)
-        if flag and _is_all_zeros(x)
+        name for flag, name, x in zip(*leaves, strict=True) if flag and _is_all_zeros(x)
     ]
     if dead:
-        listed = ", ".join(dead[:8]) + (", ..." if len(dead) > 8 else "")
         warnings.warn(
-            f"prunable parameters are all zeros: {listed}. With |param * grad| as the "
-            "importance no entry of them can ever become active, so they stay zero. "
-            "Train them densely first; or leave them out with prunable=; or choose by "
-            "another importance, such as gradient_importance.",
+            f"prunable parameters are all zeros: {listed(dead)}. With |param * grad| "
+            "as the importance no entry of them can ever become active, so they stay "
+            "zero. Train them densely first; or leave them out with prunable=; or "
+            "choose by another importance, such as gradient_importance.",
             stacklevel=2,
         )
 
@@ -219,13 +217,13 @@ def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
     parameters as a whole. Without leaves they are a part of the structure of the state:
     known under jit, and nothing to save.
     """
-    everything = jax.tree.leaves(params, is_leaf=_is_hole)
+    everything = jax.tree.leaves(params, is_leaf=is_masked)
     if not everything:  # a placeholder of optax.tree.map_params: a leaf stands for all
         return jnp.zeros((), bool)
     by_leaf, mark = iter(jax.tree.leaves(flags)), optax.EmptyState()
     mark = ByUnits() if by_units else mark
     return tuple(
-        mark if not _is_hole(x) and next(by_leaf) else optax.MaskedNode()
+        mark if not is_masked(x) and next(by_leaf) else optax.MaskedNode()
         for x in everything
     )
 
@@ -257,7 +255,7 @@ def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
             f"the parameters have {len(leaves)} leaves, but the optimizer was "
             f"initialised with {len(marks)}. Give those that it trains."
         )
-    return jax.tree.unflatten(treedef, [not _is_hole(mark) for mark in marks])
+    return jax.tree.unflatten(treedef, [not is_masked(mark) for mark in marks])
 
 
 def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
@@ -276,14 +274,9 @@ def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
             f"this state is of an optimizer that chose {one}, and this one chooses "
             f"{other}. Begin with a new state, tx.init(params), or keep the settings."
         )
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    here = [
-        jax.tree_util.keystr(path)
-        for (path, _), flag in zip(leaves, jax.tree.leaves(flags), strict=True)
-        if flag
-    ]
+    here = compress(leaf_names(params), jax.tree.leaves(flags))
     raise ValueError(
-        f"the prunable leaves are now {', '.join(here) or 'none'}, which are "
+        f"the prunable leaves are now {listed(here) or 'none'}, which are "
         "others than at init: the parameters have other shapes or names here. "
         + (
             "Begin with a new state, tx.init(params)."
@@ -296,7 +289,3 @@ def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
 
 def _is_mark(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode | optax.EmptyState | ByUnits)
-
-
-def _is_hole(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)

@@ -8,9 +8,8 @@ interpolation guesses the wanted key to within a few hundred. So few are they th
 hardly any row holds more than three: after the second read the rest of the search reads
 only what was collected. A row with more, or a wrong guess, costs another read.
 
-Counting and collecting were two functions of a leaf, which XLA compiled for every leaf:
-half of the time that a step takes to compile. One that does both costs no more to run,
-because four counts of a row fit into one integer.
+One function of a leaf counts and collects, because XLA compiles every function for
+every leaf; it costs no more to run, because four counts of a row fit into one integer.
 
 What is collected is stored, 16 bytes a row of 128 entries.
 This file knows only jax.

@@ -74,8 +74,12 @@ def select(
     if not leaves:
         return Selection(jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
-    def by_counts(leaves, kept, start):
-        return _select_by_counts(score, leaves, kept, total, start, axis_name)
+    def by_counts(leaves, kept, start):  # on any platform and mesh
+        def excess_at(probes):
+            return excess(count(score, leaves, probes, axis_name), kept)
+
+        found = search_all_keys(excess_at, kept, total, start)
+        return found, smallest_reaching(score, leaves, found.low, axis_name)
 
     def by_rows(leaves, kept, start):
         del start
@@ -88,23 +92,6 @@ def select(
     else:
         found, key = by_counts(leaves, kept, start)
     return _settle(found, key, kept, total, most)
-
-
-def _select_by_counts(
-    score: ScoreFn,
-    leaves: Leaves,
-    kept: Words,
-    total: Words,
-    start: jax.Array,
-    axis_name: AxisName,
-) -> tuple[Bracket, jax.Array]:
-    """Search by counting alone, as any platform and mesh can; in four passes and up."""
-
-    def excess_at(probes):
-        return excess(count(score, leaves, probes, axis_name), kept)
-
-    found = search_all_keys(excess_at, kept, total, start)
-    return found, smallest_reaching(score, leaves, found.low, axis_name)
 
 
 def search_all_keys(

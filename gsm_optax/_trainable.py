@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from gsm_optax._paths import is_hole
+from gsm_optax._paths import is_hole, is_masked
 
 
 def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Array]:
@@ -28,8 +27,6 @@ def flags_of(trainable: Any, updates: Any, taking: Sequence[int]) -> list[jax.Ar
         ) from error
     # Whole parts that optax.masked has taken out are no leaves to the selection.
     present = [
-        flag
-        for leaf, flag in zip(leaves, flags, strict=True)
-        if not isinstance(leaf, optax.MaskedNode)
+        flag for leaf, flag in zip(leaves, flags, strict=True) if not is_masked(leaf)
     ]
     return [jnp.asarray(present[i], bool) for i in taking]

@@ -83,7 +83,7 @@ def num_kept(ratio: Any, total: Words) -> Words:
     """Q = N − round(ratio·N), half to even: exact, or in float32 for an array.
 
     Args:
-        ratio: in [0, 1], a Python or NumPy number, or a scalar array.
+        ratio: in [0, 1), a Python or NumPy number, or a scalar array.
         total: N; ints, or int32 scalars where it is only known at run time.
     """
     if isinstance(ratio, jax.Array):

@@ -209,7 +209,7 @@ def frozen_blocks(
     """Draw which blocks are frozen when, a panel a schedule.
 
     Args:
-        schedules: by their names; see `gsm_optax.single_shot`.
+        schedules: by their names; see `gsm_optax.freezing.single_shot`.
         steps: how many steps to draw.
         blocks: how many blocks the model has.
 

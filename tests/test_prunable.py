@@ -170,9 +170,7 @@ LORA = {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 4))}
     ids=["gsm_sgd", "chain"],
 )
 def test_a_leaf_that_can_never_become_active_is_warned_of_once(tx):
-    with pytest.warns(
-        UserWarning, match=r"all zeros: \['b'\].*prunable=.*another"
-    ) as w:
+    with pytest.warns(UserWarning, match=r"all zeros: b.*prunable=.*another") as w:
         state = tx.init(LORA)
     assert len(w) == 1
     _, state = tx.update(jax.tree.map(jnp.ones_like, LORA), state, LORA)

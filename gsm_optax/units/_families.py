@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gsm_optax._paths import listed
+
 
 class Slices(NamedTuple):
     """What the units of a family hold of one axis of one leaf."""
@@ -73,5 +75,5 @@ def own_sizes(families: Sequence[Family]) -> str:
     if not numbers:
         return ""
     which = "family " if len(numbers) == 1 else "families "
-    which += ", ".join(numbers[:6]) + (", ..." if len(numbers) > 6 else "")
+    which += listed(numbers, 6)
     return f"\n\nfn keeps sizes of {which}: it has to be built anew for fewer units."

@@ -12,7 +12,7 @@ from gsm_optax.units._axes import same_number
 _erf = np.vectorize(math.erf, otypes=[float])
 
 
-# What each makes of numbers; None where that is not followed.
+# What each makes of numbers; None where that is followed elsewhere, or not at all.
 _NUMBERS: dict[str, Any] = {
     "abs": np.abs,
     "acos": None,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
-from gsm_optax._paths import is_hole, leaf_names, leaf_paths
+from gsm_optax._paths import is_hole, leaf_names, leaf_paths, listed
 
 Path = tuple[str, ...]
 
@@ -52,21 +52,16 @@ def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
     if fitting:
         places = " and in ".join(start.rstrip("/") or "the top" for start in fitting)
         raise ValueError(
-            f"{listed(names)} are names in {places} of the parameters that the units "
-            "were found in: which of these it is cannot be told. Find the units of "
-            "this part alone, or give all parameters, with None for the others."
+            f"{listed(names, 4)} are names in {places} of the parameters that the "
+            "units were found in: which of these it is cannot be told. Find the units "
+            "of this part alone, or give all parameters, with None for the others."
         )
     missing = [name for name in names if name not in own]
     raise ValueError(
-        f"{listed(missing)} are not among the parameters that the units were "
-        f"found in, {listed(list(own))}. Find the units of this network with "
+        f"{listed(missing, 4)} are not among the parameters that the units were "
+        f"found in, {listed(own, 4)}. Find the units of this network with "
         "find_units(fn, params, *inputs)."
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few of them."""
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def ending(path: Path, wanted: Collection[Path]) -> Path | None:

@@ -47,11 +47,9 @@ def unit_scores(
     """
     if parts is not None:
         score, leaves = only_parts(score, leaves, parts)
-    means, before = [], ()
+    means: list[jax.Array] = []
     for family in families:
-        mean = _mean(family, score, leaves, parts, before)
-        means.append(mean)
-        before = mean
+        means.append(_mean(family, score, leaves, parts, means[-1:]))
     return list(map(_beside_family, means))
 
 

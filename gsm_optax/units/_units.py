@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsm_optax._paths import leaf_names
+from gsm_optax._paths import leaf_names, listed
 from gsm_optax._tables import align
 from gsm_optax.units._choice import WholeUnits, masks_of
 from gsm_optax.units._families import Family, Pinned, own_sizes
@@ -186,8 +186,7 @@ class Units:
             by_reason.setdefault(reason, []).append(f"{path}[{axis}]")
         pins = [["pinned by", "axes", ""]]
         for reason, axes in by_reason.items():
-            shown = ", ".join(axes[:4]) + (", ..." if len(axes) > 4 else "")
-            pins.append([reason, str(len(axes)), shown])
+            pins.append([reason, str(len(axes)), listed(axes, 4)])
         return f"{text}\n\n{align(pins, words={0, 2})}" if self.pinned else text
 
 
