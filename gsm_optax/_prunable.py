@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -210,30 +210,25 @@ class ByUnits(NamedTuple):
     """Mark of a leaf that is chosen by whole units, and not entry by entry."""
 
 
-def to_marks(flags: Any, params: Any, *, by_units: bool = False) -> Any:
-    """Flags as a tuple without leaves, to be kept in a state: see `from_marks`.
+def to_marks(flags: Any, params: Any, *, by_units: bool) -> Any:
+    """Prunable leaves by their names, to be kept in a state: see `from_marks`.
 
-    One mark a leaf, and one a hole that `optax.masked` has made, so that they fit the
-    parameters as a whole. Without leaves they are a part of the structure of the state:
-    known under jit, and nothing to save.
+    By name, because `optax.masked` may take out a branch as a whole, or hand on the
+    parameters in other containers. The marks have no leaves: they are a part of the
+    structure of the state, known under jit, and nothing to save.
     """
-    everything = jax.tree.leaves(params, is_leaf=is_masked)
-    if not everything:  # a placeholder of optax.tree.map_params: a leaf stands for all
-        return jnp.zeros((), bool)
-    by_leaf, mark = iter(jax.tree.leaves(flags)), optax.EmptyState()
-    mark = ByUnits() if by_units else mark
-    return tuple(
-        mark if not is_masked(x) and next(by_leaf) else optax.MaskedNode()
-        for x in everything
-    )
+    if not jax.tree.leaves(params, is_leaf=is_masked):
+        return jnp.zeros((), bool)  # a placeholder of optax.tree.map_params
+    mark = ByUnits() if by_units else optax.EmptyState()
+    return dict.fromkeys(compress(leaf_names(params), jax.tree.leaves(flags)), mark)
 
 
-def is_by_units(marks: tuple[Any, ...]) -> bool:
+def is_by_units(marks: Mapping[str, Any]) -> bool:
     """Whether the choice was by whole units."""
-    return any(isinstance(mark, ByUnits) for mark in marks)
+    return any(isinstance(mark, ByUnits) for mark in marks.values())
 
 
-def entry_marks(marks: tuple[Any, ...]) -> tuple[Any, ...]:
+def entry_marks(marks: Mapping[str, Any]) -> Mapping[str, Any]:
     """Marks, as they are; `ValueError` if the choice was by whole units."""
     if is_by_units(marks):
         raise ValueError(
@@ -243,49 +238,46 @@ def entry_marks(marks: tuple[Any, ...]) -> tuple[Any, ...]:
     return marks
 
 
-def from_marks(marks: tuple[Any, ...], params: Any) -> Any:
-    """Flags like `params` from what `to_marks` returned for the same leaves.
+def from_marks(marks: Mapping[str, Any], params: Any) -> Any:
+    """Flags like `params` from what `to_marks` returned for the same names.
 
     Raises:
-        ValueError: if there were not as many.
+        ValueError: if a prunable leaf is not there.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    if len(marks) != len(leaves):
+    names = leaf_names(params)
+    if missing := sorted(set(marks) - set(names)):
         raise ValueError(
-            f"the parameters have {len(leaves)} leaves, but the optimizer was "
-            f"initialised with {len(marks)}. Give those that it trains."
+            f"the optimizer chooses among {listed(missing)}, which is not among these "
+            f"parameters: {listed(names)}. Give those that it trains."
         )
-    return jax.tree.unflatten(treedef, [not is_masked(mark) for mark in marks])
+    flags = [name in marks for name in names]
+    return jax.tree.unflatten(jax.tree.structure(params), flags)
 
 
-def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
+def check_marks(
+    marks: Mapping[str, Any], flags: Any, params: Any, *, by_units: bool
+) -> None:
     """Raise `ValueError` if the prunable leaves are others than at `init`.
 
     The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold
     one row of a leaf.
     """
-    kinds = lambda marks: list(map(type, jax.tree.leaves(marks, is_leaf=_is_mark)))
-    held = kinds(marks)
-    if held == kinds(to_marks(flags, params, by_units=by_units)):
-        return
-    if held == kinds(to_marks(flags, params, by_units=not by_units)):
+    if is_by_units(marks) != by_units:
         one, other = ("entries", "whole units")[:: 1 if by_units else -1]
         raise ValueError(
             f"this state is of an optimizer that chose {one}, and this one chooses "
             f"{other}. Begin with a new state, tx.init(params), or keep the settings."
         )
-    here = compress(leaf_names(params), jax.tree.leaves(flags))
-    raise ValueError(
-        f"the prunable leaves are now {listed(here) or 'none'}, which are "
-        "others than at init: the parameters have other shapes or names here. "
-        + (
-            "Begin with a new state, tx.init(params)."
-            if by_units
-            else "(Inside shard_map a device may hold one row.) Name them: prunable= a "
-            "tree of bools."
+    here = to_marks(flags, params, by_units=by_units)
+    if set(marks) != set(here):
+        raise ValueError(
+            f"the prunable leaves are now {listed(here) or 'none'}, and were "
+            f"{listed(marks) or 'none'} at init: the parameters have other shapes or "
+            "names here. "
+            + (
+                "Begin with a new state, tx.init(params)."
+                if by_units
+                else "(Inside shard_map a device may hold one row.) Name them: "
+                "prunable= a tree of bools."
+            )
         )
-    )
-
-
-def _is_mark(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode | optax.EmptyState | ByUnits)

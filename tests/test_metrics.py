@@ -12,7 +12,7 @@ import oracle
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from trees import mesh_of, place, with_ties
+from trees import first_step, mesh_of, place, with_ties
 
 from gsm_optax import (
     Recorder,
@@ -275,8 +275,30 @@ def test_a_state_without_one_choice_is_refused(params, tx, message):
 
 def test_another_tree_is_refused():
     state = gsm(0.5).init({"w": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match=r"2 leaves, but the optimizer .* with 1"):
-        metrics({"w": jnp.ones(2), "v": jnp.ones(2)}, state)
+    with pytest.raises(ValueError, match=r"chooses among w, .* parameters: u, v\."):
+        metrics({"u": jnp.ones(2), "v": jnp.ones((2, 2))}, state)
+
+
+@pytest.mark.optimize(False)
+def test_parts_that_are_left_out_as_a_whole_are_not_counted():
+    """As many holes as leaves once made the bias of one layer the kernel of another."""
+    layer = lambda scale: (scale * jnp.arange(1.0, 5).reshape(2, 2), jnp.arange(1.0, 3))
+    params = [layer(9.0), layer(1.0), ()]
+    halves = {"pruned": gsm_sgd(0.1, 0.5), "other": optax.sgd(0.1)}
+    for tx in (
+        optax.masked(gsm_sgd(0.1, 0.5), [False, True, False]),
+        optax.partition(halves, ["other", "pruned", "other"]),
+    ):
+        _, state = first_step(tx, params, params)
+        pruned = prune(params, 0.5, opt_state=state)
+        np.testing.assert_array_equal(pruned[1][0], [[0, 0], [3, 4]])
+        for some in (params, {1: params[1]}):
+            values = metrics(some, state)
+            assert values["gsm/active_fraction"] == 0.5
+            assert values["gsm/density"] == 1
+        pruned[1] = params[1]
+        for one, other in zip(*map(jax.tree.leaves, (pruned, params)), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 # Decay left
