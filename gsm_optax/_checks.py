@@ -66,12 +66,7 @@ def _check_ratio_value(ratio: Any, name: str) -> None:
                 f"{name}={ratio!r} must be a number in [0, 1), an optax schedule, or a "
                 "scalar array."
             )
-        if ratio.dtype.itemsize < 4 and jnp.issubdtype(ratio.dtype, jnp.inexact):
-            raise ValueError(
-                f"{name} is a {ratio.dtype} array, which is too coarse. Give it in "
-                "float32; optax.inject_hyperparams takes the dtype of the parameters, "
-                "unless told hyperparam_dtype=jnp.float32."
-            )
+        _check_fine(name, ratio)
     value = concrete(ratio)
     if value is not None and not 0 <= value < 1:
         raise ValueError(f"{name}={value:g} is outside [0, 1). {_ratio_remedy(value)}")
@@ -115,6 +110,17 @@ def _ratio_remedy(ratio: float) -> str:
     return f"{meaning}: ratio=0.95 keeps one entry in twenty."
 
 
+def _check_fine(name: str, value: Any) -> None:
+    """Raise `ValueError` if a scalar is an array in half precision."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype.itemsize < 4 and jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{name} is a {dtype} array, which is too coarse. Give it in "
+            "float32; optax.inject_hyperparams takes the dtype of the parameters, "
+            "unless told hyperparam_dtype=jnp.float32."
+        )
+
+
 def check_momentum(momentum: Any) -> None:
     """Raise `ValueError` unless `momentum` is a scalar in [0, 1) (as far as known)."""
     if callable(momentum):
@@ -127,12 +133,11 @@ def check_momentum(momentum: Any) -> None:
             f"momentum={momentum!r} must be a number in [0, 1) or a scalar array; for "
             "none, momentum=0."
         )
+    _check_fine("momentum", momentum)
     if _is_known(momentum) and not 0 <= float(momentum) < 1:
-        rounded = getattr(momentum, "dtype", None)
         raise ValueError(
             f"momentum={momentum} is outside [0, 1). It is the coefficient β of the "
             "momentum buffer: the paper uses 0.98 and 0.99."
-            + (f" (As {rounded} it may have been rounded.)" if rounded else "")
         )
 
 
@@ -143,6 +148,7 @@ def check_smoothing(smoothing: Any) -> None:
             f"smoothing={smoothing!r} must be a number in [0, 1) or a scalar array; "
             "for none, smoothing=0."
         )
+    _check_fine("smoothing", smoothing)
     if _is_known(smoothing) and not 0 <= float(smoothing) < 1:
         raise ValueError(
             f"smoothing={smoothing} is outside [0, 1): it is the fraction of the "

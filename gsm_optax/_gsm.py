@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsm_optax._checks import check_decay, check_momentum, check_room, value_at
+from gsm_optax._checks import (
+    check_decay,
+    check_momentum,
+    check_room,
+    concrete,
+    value_at,
+)
 from gsm_optax._importance import Importance
 from gsm_optax._masking import mask_by_importance, wider_dtype
 from gsm_optax._paths import leaf_names, listed
@@ -94,7 +100,8 @@ def gsm(
         of `optax.trace`; `optax.scale_by_learning_rate` turns them round.
 
     Warns:
-        UserWarning: from `init`, if prunable parameters are in half precision.
+        UserWarning: from `init`, if prunable parameters are in half precision, or if
+            momentum is and (1 − β) is too small for it.
 
     Raises:
         ValueError: for arguments outside their range; see `mask_by_importance`.
@@ -303,9 +310,27 @@ def _momentum(
                         "would keep its real part alone. Leave it out, or give a "
                         "complex one."
                     )
+        if dtype is not None:
+            _warn_of_coarse_momentum(momentum, dtype)
         return tx.init(params)
 
     return optax.GradientTransformation(init_fn, tx.update)
+
+
+def _warn_of_coarse_momentum(momentum: Any, dtype: Any) -> None:
+    """Warn if the decay of a step rounds away in the momentum.
+
+    That is seen where 1 − β is below the spacing of its numbers; float16 also lacks the
+    range.
+    """
+    info, beta = jnp.finfo(dtype), concrete(momentum)
+    if info.bits < 32 and beta and (info.minexp > -100 or 1 - beta < info.eps):
+        warnings.warn(
+            f"momentum={beta:g} is kept in {info.dtype}, which is too coarse: passive "
+            "weights do not decay as decay_budget tells. Leave accumulator_dtype out, "
+            "or give jnp.float32.",
+            stacklevel=2,
+        )
 
 
 def _warn_of_half_precision(flags: Any, params: Any) -> None:
@@ -362,6 +387,11 @@ def _as(new: Any, old: Any) -> Any:
     def convert(new, old):
         if new is None:
             return old
-        return jnp.asarray(new).astype(old.dtype) if is_inexact(old) else new
+        if not is_inexact(old):
+            return new
+        new = jnp.asarray(new)
+        if not jnp.issubdtype(old.dtype, jnp.complexfloating):
+            new = new.real  # of a complex accumulator
+        return new.astype(old.dtype)
 
     return jax.tree.map(convert, new, old, is_leaf=lambda x: x is None)

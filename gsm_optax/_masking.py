@@ -387,7 +387,9 @@ def _split(
                 f"a gradient has shape {list(jnp.shape(grads[i]))}, and its parameter "
                 f"{list(jnp.shape(by_leaf[i]))}."
             )
-    pairs = [(hold(jnp.asarray(by_leaf[i])), hold(grads[i])) for i in taking]
+    pairs = [
+        (hold(jnp.asarray(by_leaf[i])), hold(jnp.asarray(grads[i]))) for i in taking
+    ]
     return grads, taking, [numbers[i] for i in taking], pairs, treedef
 
 
@@ -395,7 +397,7 @@ def find_state(opt_state: Any) -> MaskByImportanceState:
     """Return the one state of `mask_by_importance` that is somewhere in `opt_state`.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, or more than one, or one of several networks.
     """
     is_one = lambda x: isinstance(x, MaskByImportanceState)
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
@@ -409,4 +411,13 @@ def find_state(opt_state: Any) -> MaskByImportanceState:
                 "it; a checkpoint may have come back as plain dicts."
             )
         )
-    return found[0]
+    (state,) = found
+    (num_active,) = jax.tree.leaves(state.num_active)  # flax nnx puts it in a box
+    if shape := jnp.shape(num_active):
+        raise ValueError(
+            f"this state holds the choices of several networks, in axes {list(shape)}. "
+            "Of an ensemble ask for each: jax.vmap(metrics)(params, state), or "
+            "jax.vmap(lambda p, s: prune(p, ratio, opt_state=s))(params, state). Of "
+            "copies on devices take one: jax.tree.map(lambda x: x[0], ...) of both."
+        )
+    return state

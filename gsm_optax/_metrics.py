@@ -10,7 +10,7 @@ from jax import lax
 
 from gsm_optax._importance import magnitude
 from gsm_optax._masking import find_state
-from gsm_optax._placement import Leaves
+from gsm_optax._placement import Leaves, check_whole
 from gsm_optax._prunable import from_marks
 from gsm_optax._reductions import count
 from gsm_optax._words import to_float, to_words
@@ -57,12 +57,12 @@ def metrics(
     Returns:
         A flat dict of scalars, float32 and int32. A pure function: call it inside jit
         or out of it, at every step or now and then. It reads the parameters once.
-        Inside `shard_map` or `pmap` every device must hold all of them; where they are
-        split, call it outside.
+        Inside `shard_map` or `pmap` every device must hold all of them.
 
     Raises:
-        ValueError: if `opt_state` has no state of `mask_by_importance`, or several; if
-            it belongs to other parameters.
+        ValueError: if `opt_state` has no state of `mask_by_importance`, or several, or
+            those of several networks; if it belongs to other parameters; or if these
+            are split over the devices of a `shard_map` that this is inside of.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,7 +87,8 @@ def metrics(
     """
     state = find_state(opt_state)
     flags = from_marks(state.prunable, params)
-    chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
+    chosen = list(compress(jax.tree.leaves(params), jax.tree.leaves(flags)))
+    check_whole([(x,) for x in chosen], in_doubt=True)
     num_active, num_kept = _array(state.num_active), _array(state.num_kept)
     active, density, near_zero = _fractions([(x,) for x in chosen], num_active)
     values = {

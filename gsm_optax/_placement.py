@@ -159,6 +159,25 @@ def check_axis_name(leaves: Leaves, axis_name: AxisName) -> None:
             )
 
 
+def check_whole(leaves: Leaves, *, in_doubt: bool) -> None:
+    """Raise `ValueError` if this device holds a part of the leaves only.
+
+    Args:
+        leaves: what should be whole.
+        in_doubt: whether it is, where tracing cannot tell copies from parts.
+    """
+    kinds = _axis_kinds(leaves)
+    manual = tuple(name for name, kind in kinds.items() if kind == AxisType.Manual)
+    if not manual:
+        return
+    is_known = _knows_copies(manual)
+    if any(varying(x) for x, *_ in leaves) if is_known else not in_doubt:
+        raise ValueError(
+            f"inside shard_map or pmap over {manual} every device sees its own part of "
+            "the parameters: call it outside, on all of them."
+        )
+
+
 def shares(leaves: Leaves, axis_name: AxisName) -> list[Share]:
     """What this device contributes for each of the leaves."""
     names = _names(axis_name)

@@ -20,6 +20,7 @@ Prunable = bool | Callable[[Any], Any] | Any
 _KERNELS = {"kernel", "embedding"}
 _WEIGHTS = {"weight", "w"}
 _NEVER = {"bias", "scale", "offset", "beta", "gamma", "mean", "var", "zero"}
+_PARTS = {"real", "imaginary"}  # of optax.contrib.split_real_and_imaginary
 _NORMS = {"ln", "bn", "gn", "rms"}
 
 RULE = (
@@ -52,7 +53,7 @@ def kernels(params: Any) -> Any:
       stacked stay;
     * anything but kernels and embeddings under a name that says norm, or of such a name
       (`norm1`, `LayerNorm_0`, `ln_f`, `bn`, `q_norm`), and a `weight` of the shape of
-      its `bias`, as equinox's normalisations have.
+      its `bias`, as equinox's normalisations have, and a `weight_g` beside `weight_v`.
 
     Of a name with dots or slashes, `layers.0.norm.weight`, the parts count.
 
@@ -80,6 +81,7 @@ def kernels(params: Any) -> Any:
         tuple(re.split("[./]", "/".join(map(key_name, path)).lower()))
         for path in leaf_paths(params)
     ]
+    paths = [path[:-1] if path[-1] in _PARTS else path for path in paths]
     shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
     flags = [
         is_inexact(leaf) and _is_kernel(path, jnp.shape(leaf), shapes)
@@ -102,7 +104,9 @@ def _is_kernel(
     if any(word.endswith("norm") or word in _NORMS for p in path for word in _words(p)):
         return False
     if words & _WEIGHTS:
-        return len(shape) >= 2 and shape != beside("bias")
+        # Of weight normalisation, in PyTorch: the lengths of the rows.
+        is_length = name == "weight_g" and beside("weight_v") is not None
+        return len(shape) >= 2 and shape != beside("bias") and not is_length
     return sum(size > 1 for size in shape) >= 2
 
 

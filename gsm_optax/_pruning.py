@@ -20,7 +20,7 @@ from gsm_optax._entries import Entries
 from gsm_optax._importance import magnitude_importance
 from gsm_optax._masking import find_state
 from gsm_optax._paths import is_hole
-from gsm_optax._placement import placed_as
+from gsm_optax._placement import check_whole, placed_as
 from gsm_optax._prunable import (
     Prunable,
     check_any_prunable,
@@ -99,6 +99,7 @@ def magnitude_mask(
     flags = _flags(params, prunable, opt_state, units)
     leaves, flags = list(map(jnp.asarray, leaves)), treedef.flatten_up_to(flags)
     params = jax.tree.unflatten(treedef, leaves)
+    check_whole([(x,) for x in leaves], in_doubt=False)
     places = tuple(i for i, flag in enumerate(flags) if flag)
     choice = {
         "places": places,

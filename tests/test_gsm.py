@@ -246,7 +246,8 @@ def test_half_precision_that_cannot_decay_is_named_once():
         ({"momentum": optax.constant_schedule(0.9)}, "optax.inject_hyperparams"),
         ({"momentum": "x"}, "momentum='x' must be"),
         ({"momentum": jnp.ones(3)}, "must be a number in"),
-        ({"momentum": jnp.bfloat16(0.999)}, "outside.*As bfloat16"),
+        ({"momentum": jnp.bfloat16(0.99)}, "momentum is a bfloat16 array.*too coarse"),
+        ({"smoothing": jnp.float16(0.9)}, "smoothing is a float16 array.*too coarse"),
         ({"momentum": jnp.float32(1.5)}, "momentum=1.5 is outside"),
         ({"weight_decay": "x"}, "weight_decay='x' must be a number"),
         ({"weight_decay": None}, "weight_decay=None must be a number"),
@@ -291,6 +292,17 @@ def test_half_precision_gradients_do_not_hold_up_the_decay(passive_decay):
         return params[1]
 
     np.testing.assert_allclose(run(jnp.float16), run(jnp.float32), rtol=1e-3)
+
+
+@pytest.mark.optimize(False)
+def test_momentum_too_coarse_to_decay_is_told():
+    tells = lambda dtype: pytest.warns(UserWarning, match=f"in {dtype}.*too coarse")
+    params = jnp.ones((2, 3))
+    for momentum, dtype in ((0.995, "bfloat16"), (0.9, "float16")):
+        with tells(dtype):
+            gsm(0.5, momentum=momentum, accumulator_dtype=dtype).init(params)
+    gsm(0.5, momentum=0.99, accumulator_dtype="bfloat16").init(params)
+    gsm(0.5, momentum=0.0, accumulator_dtype="float16").init(params)
 
 
 @pytest.mark.promotes

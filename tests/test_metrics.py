@@ -198,6 +198,29 @@ def test_devices_exchange_no_arrays(mode):
     assert not re.search(r"all-gather|all-to-all|collective-permute", text)
 
 
+@pytest.mark.optimize(False)
+def test_inside_shard_map_over_parts_nothing_is_counted_or_pruned():
+    tx = mask_by_importance(0.75, axis_name="x", prunable=True)
+    params = jnp.arange(1.0, 33).reshape(8, 4)
+
+    def local(params, what):
+        _, state = tx.update(params, tx.init(params), params)
+        return (
+            metrics(params, state)
+            if what == "metrics"
+            else prune(params, 0.75, prunable=True)
+        )
+
+    with mesh_of("auto", (8,), ("x",)) as mesh:
+        over = partial(jax.shard_map, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        for what, check_vma in (("metrics", True), ("prune", True), ("prune", False)):
+            call = over(partial(local, what=what), check_vma=check_vma)
+            with pytest.raises(ValueError, match=r"shard_map.*'x'.*call it outside"):
+                jax.jit(call)(params)
+        copies = lambda x: metrics(x, tx.init(x))["gsm/density"]
+        assert jax.jit(over(copies, in_specs=P(), out_specs=P()))(params) == 1
+
+
 @pytest.mark.optimize(True)
 def test_under_shard_map_with_an_axis_name():
     tx = mask_by_importance(0.9, axis_name="x", track_churn=True)
@@ -277,6 +300,24 @@ def test_another_tree_is_refused():
     state = gsm(0.5).init({"w": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"chooses among w, .* parameters: u, v\."):
         metrics({"u": jnp.ones(2), "v": jnp.ones((2, 2))}, state)
+
+
+@pytest.mark.optimize(False)
+def test_of_an_ensemble_each_is_asked_alone():
+    params = jnp.arange(1.0, 25).reshape(2, 3, 4)  # the second is the greater
+    tx = gsm_sgd(0.1, 0.75)
+    _, state = jax.vmap(tx.update)(params, jax.vmap(tx.init)(params), params)
+    for call in (
+        metrics,
+        lambda p, s: prune(p, 0.75, opt_state=s),
+        Recorder().__call__,
+    ):
+        with pytest.raises(ValueError, match=r"in axes \[2\].*jax\.vmap\(metrics\)"):
+            call(*([0] * (call.__name__ == "__call__")), params, state)
+    values = jax.vmap(metrics)(params, state)
+    assert values["gsm/active_fraction"].tolist() == [0.25, 0.25]
+    pruned = jax.vmap(lambda p, s: prune(p, 0.75, opt_state=s))(params, state)
+    assert (pruned != 0).sum((1, 2)).tolist() == [3, 3]
 
 
 @pytest.mark.optimize(False)

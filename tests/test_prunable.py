@@ -132,6 +132,17 @@ TREES = {  # the tree, and all that is prunable of it
         },
         {"layers.0.mlp.weight", "conv/weight"},
     ),
+    "real and imaginary parts": (
+        lambda: {
+            "kernel": {"real": jnp.ones((8, 1)), "imaginary": jnp.ones((8, 1))},
+            "bias": {"real": jnp.ones((4, 8)), "imaginary": jnp.ones((4, 8))},
+        },
+        {"kernel/real", "kernel/imaginary"},
+    ),
+    "weight normalisation": (
+        lambda: {"weight_g": jnp.ones((8, 1)), "weight_v": jnp.ones((8, 1))},
+        {"weight_v"},
+    ),
     "capitals": (
         lambda: {"W1": jnp.ones((3, 8)), "B1": jnp.ones((3, 8)), "b": jnp.ones((3, 8))},
         {"W1", "b"},
@@ -222,6 +233,7 @@ def test_the_prunable_leaves_are_those_of_the_optimizer(wrap):
     assert jnp.count_nonzero(pruned["head"]) == 4
     watched = metrics(pruned, state)
     assert watched["gsm/active_fraction"] == watched["gsm/density"] == 0.25
+    assert metrics({"head": pruned["head"]}, state) == watched
 
 
 def test_a_part_of_the_model_is_pruned_by_its_own_state():
@@ -235,7 +247,7 @@ def test_a_part_of_the_model_is_pruned_by_its_own_state():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: metrics({"head": HEAD["head"]}, trained_head()), "1 leaves.* with 2"),
+        (lambda: metrics({"body": HEAD["body"]}, trained_head()), "among head, which"),
         (
             lambda: prune(HEAD, 0.5, opt_state=trained_head(), prunable=True),
             "prunable= or opt_state=",
