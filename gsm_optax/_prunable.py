@@ -144,10 +144,13 @@ def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
     try:
         full = jax.tree.broadcast(prefix, params)
     except ValueError as error:
-        raise ValueError(
-            f"prunable does not match the parameters: it must be a pytree prefix of "
-            f"bools, or a callable returning one. {error}"
-        ) from error
+        # One of them may be in flax's boxes; nnx takes parameters out for an update.
+        if leaf_names(prefix) != leaf_names(params):
+            raise ValueError(
+                f"prunable does not match the parameters: it must be a pytree prefix "
+                f"of bools, or a callable returning one. {error}"
+            ) from error
+        full = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(prefix))
     return jax.tree.map(lambda flag, x: bool(flag) and is_inexact(x), full, params)
 
 

@@ -282,6 +282,22 @@ def test_paths_are_named_as_people_name_them(request, trained):
 NAMES = ["dense/bias", "dense/kernel", "head/bias", "head/kernel"]
 
 
+def test_nnx_takes_a_tree_of_bools_in_its_boxes():
+    model = NnxMLP()
+    params = nnx.state(model, nnx.Param)
+    tree = nnx.map_state(lambda path, x: path == ("head", "kernel"), params)
+    for prunable in (tree, nnx.to_pure_dict(tree)):
+        tx = gsm_sgd(0.1, RATIO, prunable=prunable)
+        watched = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        nnx_step(model, watched)
+        pruned = prune(nnx.state(model, nnx.Param), RATIO, opt_state=watched.opt_state)
+        zeros = jax.tree.map(lambda x: int((x == 0).sum()), nnx.to_pure_dict(pruned))
+        assert zeros == {
+            "dense": {"bias": 0, "kernel": 0},
+            "head": {"bias": 0, "kernel": 36},
+        }
+
+
 def test_nnx_optimizer_with_a_filter_has_a_budget_of_its_own():
     model = NnxMLP()
     head = nnx.All(nnx.Param, nnx.PathContains("head"))
