@@ -69,6 +69,23 @@ def unit_entries(slices: Sequence[Slices], shapes: Sequence[Any]) -> int:
     return entries
 
 
+def without(
+    families: Sequence[Family], shapes: Sequence[Any], gone: Sequence[Any]
+) -> list[list[np.ndarray]]:
+    """For every axis of every leaf, which indices stay when units go: bool[size].
+
+    Args:
+        families: whose slices name leaves by their place among `shapes`.
+        shapes: of all leaves.
+        gone: which units go, for each family: bools, or a slice.
+    """
+    stay = [[np.ones(size, bool) for size in shape] for shape in shapes]
+    for family, units in zip(families, gone, strict=True):
+        for part in family.slices:
+            stay[part.leaf][part.axis][part.indices[units]] = False
+    return stay
+
+
 def own_sizes(families: Sequence[Family]) -> str:
     """Which families fn could not be traced with fewer units of; nothing if none."""
     numbers = [str(i) for i, family in enumerate(families) if not family.is_traced]

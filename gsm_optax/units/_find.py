@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_optax._paths import check_arrays, leaf_names
-from gsm_optax.units._families import Family, Pinned, Slices, unit_entries
+from gsm_optax.units._families import Family, Pinned, Slices, unit_entries, without
 from gsm_optax.units._program import leaf_nodes, trace, walk_program
 from gsm_optax.units._retrace import check_by_tracing
 from gsm_optax.units._units import Units
@@ -186,21 +186,15 @@ def _pinned(
     walk: Walk, families: tuple[Family, ...], shapes: list[Any], paths: list[str]
 ) -> tuple[Pinned, ...]:
     """Axes that are longer than one and, at least in part, in no family."""
-    taken = {
-        (leaf, axis): np.zeros(size, bool)
-        for leaf, shape in enumerate(shapes)
-        for axis, size in enumerate(shape)
-    }
-    for family in families:
-        for part in family.slices:
-            taken[part.leaf, part.axis][part.indices] = True
+    left = without(families, shapes, [slice(None)] * len(families))
     pinned, first = [], 0
-    for (leaf, axis), there in taken.items():
-        ids = np.arange(first, first + len(there))[~there]
-        first += len(there)
-        if len(there) > 1 and len(ids):
-            reason = walk.ties.reasons[walk.ties.pinned(ids).max()] or "one unit"
-            pinned.append(Pinned(paths[leaf], axis, len(there), reason))
+    for path, axes in zip(paths, left, strict=True):
+        for axis, is_left in enumerate(axes):
+            ids = first + np.flatnonzero(is_left)
+            first += len(is_left)
+            if len(is_left) > 1 and len(ids):
+                reason = walk.ties.reasons[walk.ties.pinned(ids).max()] or "one unit"
+                pinned.append(Pinned(path, axis, len(is_left), reason))
     return tuple(pinned)
 
 

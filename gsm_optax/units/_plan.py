@@ -150,12 +150,12 @@ class Plan:
 
     @property
     def _kept(self) -> list[list[np.ndarray]]:
-        gone = []
-        for plan in self.families:
-            marks = np.ones(plan.family.size, bool)
-            marks[plan.kept] = False
-            gone.append(marks)
-        return self.units.kept_indices(gone)
+        return self.units.kept_indices([~marks for marks in self._stay])
+
+    @property
+    def _stay(self) -> list[np.ndarray]:
+        """Which units of each family stay: bool[size]."""
+        return [np.isin(np.arange(p.family.size), p.kept) for p in self.families]
 
     @property
     def _changed(self) -> list[FamilyPlan]:
@@ -265,12 +265,7 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
 
 
 def _zeroed(plan: Plan, folded: Any) -> Any:
-    values = []
-    for family, kept, *_ in plan.families:
-        marks = np.zeros(family.size, bool)
-        marks[kept] = True
-        values.append(marks)
-    mask = plan.units.expand(values)
+    mask = plan.units.expand(plan._stay)
     zeroed = lambda x, m: jnp.where(m, x, jnp.zeros_like(x)) if _is_float(x) else x
     return jax.tree.map(zeroed, folded, mask)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gsm_optax.units._compare import is_same_program
-from gsm_optax.units._families import Family
+from gsm_optax.units._families import Family, without
 from gsm_optax.units._program import Nodes, leaf_nodes, unit_nodes
 from gsm_optax.units._walk import Walk
 
@@ -132,11 +132,11 @@ def _without(
 ) -> tuple[Any, np.ndarray]:
     """Parameters' shapes without so many units of each, and which nodes are left."""
     leaves, treedef = jax.tree.flatten(like)
-    kept = [[np.ones(size, bool) for size in leaf.shape] for leaf in leaves]
-    for number, family in zip(numbers, families, strict=True):
-        for part in family.slices:
-            gone = part.indices[: min(number, family.size - 1)]
-            kept[part.leaf][part.axis][gone] = False
+    first = [
+        slice(min(number, family.size - 1))
+        for number, family in zip(numbers, families, strict=True)
+    ]
+    kept = without(families, [leaf.shape for leaf in leaves], first)
     flat = np.concatenate([np.zeros(0, bool), *(k for ks in kept for k in ks)])
     gone = np.zeros(walk.ties.size, bool)
     gone[walk.ties.classes(np.flatnonzero(~flat))] = True

@@ -12,7 +12,7 @@ import numpy as np
 from gsm_optax._paths import leaf_names, listed
 from gsm_optax._tables import align
 from gsm_optax.units._choice import WholeUnits, masks_of
-from gsm_optax.units._families import Family, Pinned, own_sizes
+from gsm_optax.units._families import Family, Pinned, own_sizes, without
 from gsm_optax.units._places import start_of
 from gsm_optax.units._scores import once, sum_units
 
@@ -85,12 +85,9 @@ class Units:
         Args:
             gone: one array of bools a family, of shape [size].
         """
-        leaves = jax.tree.leaves(self.like)
-        kept = [[np.ones(size, bool) for size in leaf.shape] for leaf in leaves]
-        for family, marks in zip(self.families, gone, strict=True):
-            for part in family.slices:
-                kept[part.leaf][part.axis][part.indices[marks]] = False
-        return [[np.flatnonzero(keep) for keep in keeps] for keeps in kept]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(self.like)]
+        stay = without(self.families, shapes, gone)
+        return [list(map(np.flatnonzero, axes)) for axes in stay]
 
     def flags(self, params: Any) -> Any:
         """Tree like `params` of bools: whether a leaf has slices of units.
