@@ -116,6 +116,18 @@ def _words(name: str) -> set[str]:
     return {*words, *(word.removesuffix("s") for word in words)}
 
 
+def running_statistics(params: Any) -> Any:
+    """Tree of bools, `True` at a `mean` beside a `var`, as of batch normalisation."""
+    names = leaf_names(params)
+
+    def is_one(name: str) -> bool:
+        own = name.rpartition("/")[2]
+        start, pair = name.removesuffix(own), ("mean", "var")
+        return own in pair and all(start + other in names for other in pair)
+
+    return jax.tree.unflatten(jax.tree.structure(params), map(is_one, names))
+
+
 def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
     """Resolve `prunable` to one bool per leaf of `params`; only inexact leaves count.
 

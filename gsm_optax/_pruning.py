@@ -27,6 +27,7 @@ from gsm_optax._prunable import (
     entry_marks,
     from_marks,
     prunable_tree,
+    running_statistics,
 )
 from gsm_optax._words import Words, num_kept
 
@@ -61,8 +62,8 @@ def magnitude_mask(
             the prunable leaves are then those that it chose among.
         units: of `gsm_optax.units.find_units`, in the place of both: whole units are
             kept or pruned, by their mean magnitude as a multiple of that of their
-            family, biases and scales included; N and Q count the entries that are in
-            units.
+            family, biases and scales included, running statistics (a `mean` beside a
+            `var`) not; N and Q count the entries that are in units.
         min_units: with `units`: how many of every family are kept first; by default 1.
         min_kept: without `units`: how many entries of every prunable leaf; by default
             0.
@@ -149,7 +150,12 @@ def _flags(
             "which leaves are prunable, and units are in the leaves that hold them."
         )
     if units is not None:
-        flags = units.flags(params)
+        # Statistics are no magnitude, nor are they among what an optimizer trains.
+        flags = jax.tree.map(
+            lambda flag, is_running: flag and not is_running,
+            units.flags(params),
+            running_statistics(params),
+        )
     elif opt_state is None:
         flags = prunable_tree(prunable, params)
     else:
@@ -228,8 +234,8 @@ def prune(
             the prunable leaves are then those that it chose among.
         units: of `gsm_optax.units.find_units`, in the place of both: whole units are
             kept or pruned, by their mean magnitude as a multiple of that of their
-            family, biases and scales included; N and Q count the entries that are in
-            units.
+            family, biases and scales included, running statistics (a `mean` beside a
+            `var`) not; N and Q count the entries that are in units.
         min_units: with `units`: how many of every family are kept first; by default 1.
         min_kept: without `units`: how many entries of every prunable leaf; by default
             0.

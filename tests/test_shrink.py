@@ -15,7 +15,7 @@ from jax import lax
 from trees import first_step
 from zoo import randomized, sample
 
-from gsm_optax import gsm_sgd, mask_by_importance, prune
+from gsm_optax import apply_mask, gsm_sgd, mask_by_importance, prune
 from gsm_optax.units import find_units, shrink
 
 pytestmark = pytest.mark.optimize(False)
@@ -404,6 +404,30 @@ def test_states_of_optimizers_shrink_by_the_same_plan(name):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_states_beside_their_parameters_are_refused():
+    """A part of them would stay as large as it was."""
+    net = network(jax.nn.relu)
+    fn = lambda variables, x: net(variables["params"], x) + variables["stats"]["mean"]
+    params = {
+        "params": layers(3, 6, 5, 2),
+        "stats": {"mean": np.ones((1, 2), np.float32)},
+    }
+    units = find_units(fn, params, sample((4, 3)))
+    params, _ = pruned_by_units(units, params)
+    small, plan = shrink(params, units)
+    adam = optax.adam(0.1)
+    state = {"params": params["params"], "state": adam.init(params["params"])}
+    with pytest.raises(ValueError, match=r"state/0/mu/b0 of .* to every tree alone"):
+        plan.apply(state)
+    sizes = lambda tree: jax.tree.map(jnp.shape, tree)
+    alone = {name: plan.apply(tree) for name, tree in state.items()}
+    left = small["params"]
+    assert sizes(alone) == sizes({"params": left, "state": adam.init(left)})
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    with pytest.raises(ValueError, match=r"v_row/w0 of shape .* tx\.init\(small\)"):
+        plan.apply(factored.init(params["params"]))
+
+
 def test_state_that_no_unit_can_be_found_in_is_refused():
     fn, params = network(jax.nn.relu), layers(3, 6, 5, 2)
     units = find_units(fn, params, sample((4, 3)))
@@ -448,8 +472,8 @@ def test_errors_name_what_stands_in_the_way():
         plan.check(lambda params, x: 1.1 * fn(params, x), pruned, small)
 
     def normalised(params, x):
-        scale = (params["w1"] ** 2).sum(1, keepdims=True) ** 0.5
-        return jax.nn.relu(x @ params["w0"]) @ (params["w1"] / scale)
+        scale = jnp.exp(jax.lax.lgamma((params["w1"] ** 2).sum(1, keepdims=True)))
+        return jax.nn.relu(x @ params["w0"]) @ (params["w1"] * scale)
 
     pruned = jax.tree.map(np.copy, layers(3, 6, 2))
     pruned["w0"][:, :2] = pruned["w1"][:2] = 0
@@ -491,6 +515,40 @@ def test_whole_state_of_a_module_is_shrunk():
     small, plan = shrink(state, units)
     assert plan.families[0].kept.tolist() == [0, 2, 3]
     assert nnx.merge(graph, small)(sample((2, 4))).shape == (2, 4)
+
+
+@pytest.mark.promotes
+def test_counter_is_no_constant():
+    def fn(params, x):
+        gate = jnp.minimum(params["step"] / 100, 1.0)
+        return (gate * jax.nn.relu(x @ params["w0"])) @ params["w1"]
+
+    params = layers(3, 6, 2) | {"step": jnp.int32(0)}
+    small, _ = shrink(params, find_units(fn, params, sample((4, 3))))
+    assert small["w0"].shape == (3, 6)
+
+
+def test_heads_whose_number_is_written_down_can_be_halved():
+    """And the network be built anew; where sizes are free, it has to run."""
+
+    def grouped(params, x, groups=4):
+        h = (x @ params["w0"]).reshape(len(x), groups, -1)
+        h = h / jnp.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
+        return jax.nn.relu(h.reshape(len(x), -1)) @ params["w1"]
+
+    params, x = layers(3, 24, 2), sample((4, 3))
+    units = find_units(grouped, params, x)
+    assert not units.families[0].is_traced
+    halved = prune(params, 0.5, units=units)
+    small, plan = shrink(halved, units)
+    assert small["w0"].shape == (3, 12)
+    plan.check(lambda params, x: grouped(params, x, groups=2), halved, small)
+
+    squeezed = lambda p, x: jax.nn.relu(x @ p["w0"])[:, None].squeeze() @ p["w1"]
+    units = find_units(squeezed, params, x)
+    one = apply_mask(params, units.expand([np.arange(24) < 1]))
+    with pytest.raises(ValueError, match=r"does not take the smaller.*round_to="):
+        shrink(one, units)
 
 
 def test_nothing_is_written_over():

@@ -19,6 +19,7 @@ from gsm_optax import (
     mask_by_importance,
     metrics,
     prune,
+    sparsity_report,
     tempered_importance,
 )
 from gsm_optax.freezing import freeze_blocks
@@ -392,6 +393,27 @@ def test_units_are_pruned_by_their_mean_magnitude(ratio):
     assert_same(prune(params, ratio, units=UNITS), with_masks(params, masks))
 
 
+def test_running_statistics_are_no_magnitude():
+    """Of what is dead they lag behind, and would keep it."""
+    rng, dead = np.random.default_rng(0), np.arange(8) < 4
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    params = {"in": draw(4, 8), "scale": draw(1, 8), "out": draw(8, 3)}
+    stats = {"mean": np.zeros((1, 8), np.float32), "var": np.ones((1, 8), np.float32)}
+
+    def fn(variables, x):
+        params, stats = variables["params"], variables["stats"]
+        x = (x @ params["in"] - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-3)
+        return jax.nn.relu(x * params["scale"]) @ params["out"]
+
+    variables = {"params": params, "stats": stats}
+    units = find_units(fn, variables, draw(5, 4))
+    for name, axis in (("in", 1), ("scale", 1), ("out", 0)):
+        params[name][(slice(None),) * axis + (dead,)] = 0
+    stats["var"][:, dead] = 20
+    assert_same(prune(variables, 0.5, units=units), variables)
+    assert_same(prune(params, 0.5, units=units), params)
+
+
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("build", [x for x, _ in ZOO], ids=lambda x: x.__name__)
@@ -400,17 +422,30 @@ def test_networks_of_every_kind(build):
     fn, params, inputs, *_ = build()
     units = find_units(fn, params, *inputs)
     held = oracle.members(units)
-    total = sum(
-        np.any(m, 0).sum() for m in zip(*(u for f in held for u in f), strict=True)
-    )
+    rows = sparsity_report(params).leaves
+    is_statistic = [row.path.endswith(("/mean", "/var")) for row in rows]
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params)
     for power, scores in (
-        (1.0, products(params, grads)),
         (0.0, [np.abs(x) for x in jax.tree.leaves(params)]),
+        (1.0, products(params, grads)),
+        (None, [np.abs(x) for x in jax.tree.leaves(params)]),
     ):
+        if power is None:  # prune, which leaves statistics out
+            held = [
+                [
+                    [m & (not i) for m, i in zip(unit, is_statistic, strict=True)]
+                    for unit in family
+                ]
+                for family in held
+            ]
+        total = sum(
+            np.any(m, 0).sum() for m in zip(*(u for f in held for u in f), strict=True)
+        )
         means = oracle.unit_scores(held, scores)
         masks = oracle.active_by_unit(held, means, oracle.budget(0.5, total))
+        if power is None:
+            break
         importance = tempered_importance(power)
         tx = mask_by_importance(0.5, units=units, importance=importance)
         updates, _ = first_step(tx, grads, params)

@@ -359,6 +359,31 @@ def test_sizes_that_fn_uses_are_seen_beside_many_that_it_writes_down():
     assert sum(family.size == 2 for family in units.families) == layers
 
 
+def test_three_heads_are_found_whose_products_would_lose_an_axis_of_one():
+    def attention(p, x):
+        q, k, v = (
+            (x @ p[name]).reshape(*x.shape[:2], -1, 4).swapaxes(1, 2) for name in "qkv"
+        )
+        a = jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2)
+        return (a @ v).swapaxes(1, 2).reshape(*x.shape[:2], -1) @ p["o"]
+
+    shapes = dict.fromkeys("qkv", (6, 12)) | {"o": (12, 5)}
+    params = randomized({name: np.zeros(shape) for name, shape in shapes.items()})
+    units = find_units(attention, params, sample((2, 7, 6)))
+    assert [family.size for family in units.families] == [3]
+
+
+def test_a_power_of_zero_is_not_finite():
+    def fn(params, x, power):
+        lengths = (params["w"] ** 2).sum(0, keepdims=True)
+        return jax.nn.relu(x @ (params["w"] * lengths**power)) @ params["v"]
+
+    x = sample((2, 3))
+    assert find_units(lambda p, x: fn(p, x, 0.5), TWO, x).families[0].size == 6
+    with pytest.raises(ValueError, match="no units"):
+        find_units(lambda p, x: fn(p, x, -0.5), TWO, x)
+
+
 # Bad input
 
 

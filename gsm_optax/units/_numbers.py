@@ -77,7 +77,7 @@ _NUMBERS: dict[str, Any] = {
     "or": None,
     "polygamma": None,
     "population_count": None,
-    "pow": None,
+    "pow": np.power,
     "pvary": lambda x: x,
     "real": lambda x: x,
     "reduce_precision": None,

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 
 from gsm_optax._paths import is_hole, leaf_names, leaf_paths, listed
 
 Path = tuple[str, ...]
+Spec = tuple[tuple[int, ...], list[np.ndarray]]  # a shape, and what stays of each axis
 
 
 def strings(path: tuple[Any, ...]) -> Path:
@@ -62,6 +64,83 @@ def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
         f"found in, {listed(own, 4)}. Find the units of this network with "
         "find_units(fn, params, *inputs)."
     )
+
+
+def stands_for(
+    tree: Any, wanted: Mapping[Path, Spec], known: Mapping[Path, Spec]
+) -> list[Spec | None]:
+    """What each leaf of a tree stands for, if anything.
+
+    Args:
+        tree: like the parameters or a part of them; or what ends in their paths.
+        wanted: all parameters by their paths.
+        known: what stands at these places of the tree.
+
+    Raises:
+        ValueError: if a leaf may stand for one parameter or another, or for one or
+            none.
+    """
+    keys, leaves = list(leaf_paths(tree)), jax.tree.leaves(tree)
+    paths = list(map(strings, keys))
+    found = [
+        next((own for at, own in known.items() if path[: len(at)] == at), None)
+        for path in paths
+    ]
+    shapes = [
+        (path, getattr(leaf, "shape", None))
+        for path, leaf, own in zip(paths, leaves, found, strict=True)
+        if own is None
+    ]
+    part = inside(shapes, wanted)
+    params = [
+        ending(path, part) if own is None else None
+        for path, own in zip(paths, found, strict=True)
+    ]
+    check_places(tree, zip(keys, params, strict=True), part)
+    for i, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
+        # All paths end with that of a single array, which is empty.
+        if param or (param == () and jnp.shape(leaf) == part[()][0]):
+            found[i] = part[param]
+    is_none = all(param is None for param in params)
+    for name, path, leaf, own in zip(
+        leaf_names(tree), paths, leaves, found, strict=True
+    ):
+        if own is None:
+            _check_other(name, path, jnp.shape(leaf), wanted, is_none)
+    return found
+
+
+def _check_other(
+    name: str,
+    path: Path,
+    shape: tuple[int, ...],
+    wanted: Mapping[Path, Spec],
+    by_name: bool,
+) -> None:
+    """Raise `ValueError` if a leaf that stands for no parameter looks like one.
+
+    As those of an optimizer's state do that lies beside the parameters, whose paths
+    begin with the name of a collection.
+
+    Args:
+        name: of the leaf,
+        path: its path,
+        shape: and its shape.
+        wanted: all parameters by their paths.
+        by_name: whether its name alone makes it look so, and not its shape too.
+    """
+    tails = {own[1:]: spec for own, spec in wanted.items() if len(own) > 1}
+    param = ending(path, tails)
+    if not param or math.prod(shape) <= 1:
+        return
+    whole, keep = tails[param]
+    if whole != tuple(map(len, keep)) and (by_name or shape == whole):
+        raise ValueError(
+            f"{name} of shape {list(shape)} may stand for {''.join(param)} of "
+            f"{list(whole)}: apply the plan to every tree alone, as in "
+            "plan.apply(checkpoint['opt_state']). If it is of an optimizer that keeps "
+            "arrays of other shapes, begin with a new state, tx.init(small)."
+        )
 
 
 def ending(path: Path, wanted: Collection[Path]) -> Path | None:

@@ -16,7 +16,7 @@ from gsm_optax._prunable import is_by_units
 from gsm_optax._tables import align
 from gsm_optax.units._compare import programs_in
 from gsm_optax.units._families import Family
-from gsm_optax.units._places import Path, check_places, ending, inside, strings
+from gsm_optax.units._places import Path, Spec, stands_for, strings
 from gsm_optax.units._units import Units
 
 
@@ -71,46 +71,23 @@ class Plan:
                 that, or may stand for one or another, so that it is not known what
                 belongs to a unit; or if one is on an explicit mesh.
         """
-        wanted = {
-            strings(path): (leaf.shape, keep)
-            for path, leaf, keep in zip(
-                leaf_paths(self.units.like),
-                jax.tree.leaves(self.units.like),
-                self._kept,
+        check_cuttable(tree)
+        like = self.units.like
+        specs = zip(map(jnp.shape, jax.tree.leaves(like)), self._kept, strict=True)
+        wanted = dict(zip(map(strings, leaf_paths(like)), specs, strict=True))
+        leaves, treedef = jax.tree.flatten(tree)
+        small = [
+            leaf if own is None else _take(name, leaf, *own)
+            for name, leaf, own in zip(
+                leaf_names(tree),
+                leaves,
+                stands_for(tree, wanted, self._averages(tree)),
                 strict=True,
             )
-        }
-        leaves, treedef = jax.tree.flatten(tree)
-        check_cuttable(tree)
-        keys, names = list(leaf_paths(tree)), leaf_names(tree)
-        paths, averages = list(map(strings, keys)), self._averages(tree)
-        units = [
-            next((own for at, own in averages.items() if path[: len(at)] == at), None)
-            for path in paths
         ]
-        shapes = [
-            (path, getattr(leaf, "shape", None))
-            for path, leaf, own in zip(paths, leaves, units, strict=True)
-            if own is None
-        ]
-        wanted = inside(shapes, wanted)
-        params = [
-            ending(path, wanted) if own is None else None
-            for path, own in zip(paths, units, strict=True)
-        ]
-        check_places(tree, zip(keys, params, strict=True), wanted)
-        small = []
-        for name, leaf, own, param in zip(names, leaves, units, params, strict=True):
-            if param == () and jnp.shape(leaf) != wanted[()][0]:
-                param = (
-                    None  # all paths end with that of a single array, which is empty
-                )
-            if own or param is not None:
-                leaf = _take(name, leaf, *(own or wanted[param]))
-            small.append(leaf)
         return jax.tree.unflatten(treedef, small)
 
-    def _averages(self, tree: Any) -> dict[Path, tuple[tuple[int], list[np.ndarray]]]:
+    def _averages(self, tree: Any) -> dict[Path, Spec]:
         """Where GSM by units keeps a number a unit: its shape, and which units stay."""
         is_choice = lambda x: isinstance(x, MaskByImportanceState)
         pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_choice)
@@ -256,12 +233,16 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
             f"without units of {families} the network gives other outputs: "
             f"{difference} That must not be; please report it with the network."
         )
-    try:
-        jax.eval_shape(units.fn, small, *inputs)
-    except Exception:
-        return small  # fn keeps its sizes, as linen's modules do
-    plan.check(units.fn, params, small)
-    return small
+    if all(changed.family.is_traced for changed in plan._changed):
+        try:
+            jax.eval_shape(units.fn, small, *inputs)
+        except Exception as error:
+            raise ValueError(
+                f"fn does not take the smaller parameters: {error} To squeeze, say, an "
+                "axis of one index is another thing: round_to= keeps more units."
+            ) from error
+        plan.check(units.fn, params, small)
+    return small  # else fn keeps its sizes, as linen's modules do
 
 
 def _zeroed(plan: Plan, folded: Any) -> Any:

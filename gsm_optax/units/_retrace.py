@@ -112,10 +112,13 @@ def _attempt(
 ) -> str:
     """What comes of tracing fn with some units of these families less.
 
-    Twice, with few and with most of them gone: half of a width is rounded.
+    Twice, with few and with most of them gone: half of a width is rounded. Two are
+    left if there are three, because axes of one index may be traced in another way.
     """
-    few = [1 + i % 2 for i in range(len(families))]
-    most = [max(family.size - 2 - i % 2, 2) for i, family in enumerate(families)]
+    few = [min(1 + i % 2, x.size - 2) for i, x in enumerate(families)]
+    most = [
+        max(x.size - 2 - i % 2, 2 if x.size > 3 else 1) for i, x in enumerate(families)
+    ]
     for numbers in few, most:
         small, is_kept = _without(walk, families, numbers, like)
         try:

@@ -86,7 +86,8 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
             "and call it outside of jit."
         )
     check_cuttable(params)
-    arrays = list(map(_on_host, leaves))
+    held_by = {part.leaf for family in units.families for part in family.slices}
+    arrays = [_on_host(leaf, i in held_by) for i, leaf in enumerate(leaves)]
     held = [np.zeros(family.size, bool) for family in units.families]
     while True:
         folded, gone, constant = _dead_units(arrays, units, held)
@@ -155,10 +156,10 @@ def _nodes_of(marks: Marks, owned: list[np.ndarray], roots: np.ndarray) -> np.nd
     return np.isin(roots, roots[own])
 
 
-def _on_host(leaf: Any) -> np.ndarray:
-    """The array, or one of which nothing is known for PRNG keys."""
-    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended)
-    return np.full(jnp.shape(leaf), np.nan) if is_key else np.asarray(leaf)
+def _on_host(leaf: Any, has_units: bool) -> np.ndarray:
+    """The array, or one of which nothing is known for PRNG keys and counters."""
+    is_weight = has_units or jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return np.asarray(leaf) if is_weight else np.full(jnp.shape(leaf), np.nan)
 
 
 def _known(
