@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import jax
@@ -50,9 +51,14 @@ def leaf_paths(tree: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _is_box(node: Any) -> bool:
+    return _is_class_of_boxes(type(node))
+
+
+@cache
+def _is_class_of_boxes(kind: type) -> bool:
     return any(
         base.__name__ in _BOXES and base.__module__.partition(".")[0] == "flax"
-        for base in type(node).__mro__
+        for base in kind.__mro__
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from gsm_optax._words import Words, times_words, to_words
@@ -166,6 +167,8 @@ def check_whole(leaves: Leaves, *, in_doubt: bool) -> None:
         leaves: what should be whole.
         in_doubt: whether it is, where tracing cannot tell copies from parts.
     """
+    if not any(isinstance(x, Tracer) for x, *_ in leaves):
+        return
     kinds = _axis_kinds(leaves)
     manual = tuple(name for name, kind in kinds.items() if kind == AxisType.Manual)
     if not manual:
