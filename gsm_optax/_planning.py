@@ -272,14 +272,10 @@ def _plan(
     if passive_decay is not None:
         check_decay("passive_decay", passive_decay)
         acting, decay = "passive_decay", passive_decay
-    if not (is_static(steps) and steps > 0 and steps == int(steps)):
-        raise ValueError(
-            f"steps={steps} must be a positive whole number of optimizer steps: epochs "
-            "times batches per epoch."
-        )
+    steps = check_count("steps", steps, 1, "epochs times batches per epoch")
     return _Plan(
-        _by_step("learning_rate", learning_rate, int(steps)),
-        _by_step(acting, decay, int(steps)),
+        _by_step("learning_rate", learning_rate, steps),
+        _by_step(acting, decay, steps),
         float(momentum),
         nesterov,
         None if callable(decay) else float(decay),
@@ -290,7 +286,13 @@ def _plan(
 def _by_step(name: str, value: Any, steps: int) -> np.ndarray:
     """The values of a float or schedule at all steps, float64, none negative."""
     if callable(value):
-        values = np.asarray(jax.jit(jax.vmap(value))(jnp.arange(steps)), np.float64)
+        try:
+            values = np.asarray(jax.jit(jax.vmap(value))(jnp.arange(steps)), np.float64)
+        except jax.errors.ConcretizationTypeError as error:
+            raise ValueError(
+                f"{name}={value!r} branches on the step in Python, which no optimizer "
+                "can trace: use jnp.where, or optax.join_schedules."
+            ) from error
     elif is_static(value) or isinstance(value, jax.Array | np.ndarray):
         values = np.asarray(value, np.float64)
     else:

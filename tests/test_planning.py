@@ -291,10 +291,15 @@ def test_a_constant_is_a_constant_schedule():
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((0.1, 0), {}, "steps=0 must be a positive"),
+        ((0.1, 0), {}, "steps=0 must be a whole number of 1 or more"),
         ((0.1, 2.5), {}, "steps=2.5 must be"),
         ((-0.1, 10), {}, "must not be negative"),
         ((lambda step: 0.1 - step, 10), {}, "reaches -8.8"),
+        (
+            (lambda step: 0.1 if step < 5 else 0.01, 10),
+            {},
+            "learning_rate=.* jnp.where",
+        ),
         (("x", 10), {}, "learning_rate='x' must be a number"),
         ((lambda step: jnp.ones(2), 10), {}, "learning_rate must be one number a step"),
         ((0.1, 10), {"momentum": 1}, "momentum=1 is outside"),
