@@ -115,10 +115,11 @@ def _attempt(
     Twice, with few and with most of them gone: half of a width is rounded. Two are
     left if there are three, because axes of one index may be traced in another way.
     """
-    few = [min(1 + i % 2, x.size - 2) for i, x in enumerate(families)]
-    most = [
-        max(x.size - 2 - i % 2, 2 if x.size > 3 else 1) for i, x in enumerate(families)
-    ]
+    few, most = [], []
+    for i, family in enumerate(families):
+        spare = max(family.size - 2, 1)
+        few.append(min(1 + i % 2, spare))
+        most.append(max(family.size - 2 - i % 2, min(2, spare)))
     for numbers in few, most:
         small, is_kept = _without(walk, families, numbers, like)
         try:
