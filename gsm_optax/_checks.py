@@ -17,8 +17,10 @@ def is_static(value: Any) -> bool:
 
 
 def concrete(value: Any) -> float | None:
-    """The number that a scalar is, or None where it is traced."""
-    return None if isinstance(value, Tracer) else float(value)
+    """The number that a scalar is; None where it is traced, or on other hosts only."""
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return float(value)
 
 
 def check_ratio(ratio: Any, name: str = "ratio") -> None:
@@ -67,8 +69,8 @@ def _check_ratio_value(ratio: Any, name: str) -> None:
                 "scalar array."
             )
         _check_fine(name, ratio)
-    value = concrete(ratio)
-    if value is not None and not 0 <= value < 1:
+    if not _is_fraction(ratio):
+        value = float(ratio)
         raise ValueError(f"{name}={value:g} is outside [0, 1). {_ratio_remedy(value)}")
 
 
@@ -134,7 +136,7 @@ def check_momentum(momentum: Any) -> None:
             "none, momentum=0."
         )
     _check_fine("momentum", momentum)
-    if _is_known(momentum) and not 0 <= float(momentum) < 1:
+    if not _is_fraction(momentum):
         raise ValueError(
             f"momentum={momentum} is outside [0, 1). It is the coefficient β of the "
             "momentum buffer: the paper uses 0.98 and 0.99."
@@ -149,7 +151,7 @@ def check_smoothing(smoothing: Any) -> None:
             "for none, smoothing=0."
         )
     _check_fine("smoothing", smoothing)
-    if _is_known(smoothing) and not 0 <= float(smoothing) < 1:
+    if not _is_fraction(smoothing):
         raise ValueError(
             f"smoothing={smoothing} is outside [0, 1): it is the fraction of the "
             "average importance that is kept at a step; try 0.9 to 0.99."
@@ -168,7 +170,8 @@ def check_decay(name: str, decay: Any, least: float = 0) -> None:
             "as a float or as an optax schedule of the step; for none, "
             f"{name}=0."
         )
-    if _is_known(first) and not least <= float(first) < math.inf:
+    value = concrete(first)
+    if value is not None and not least <= value < math.inf:
         wanted = "finite" if least < 0 else "finite and not negative"
         raise ValueError(
             f"{called}={first} must be {wanted}: the decay "
@@ -229,11 +232,10 @@ def _is_real_scalar(value: Any) -> bool:
     return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
 
 
-def _is_known(value: Any) -> bool:
-    """Whether the number can be read: not traced, and not on other hosts only."""
-    return not isinstance(value, Tracer) and (
-        getattr(value, "is_fully_addressable", True)
-    )
+def _is_fraction(value: Any) -> bool:
+    """Whether a scalar is in [0, 1), as far as it is known."""
+    known = concrete(value)
+    return known is None or 0 <= known < 1
 
 
 def check_count(name: str, value: Any, least: int, meaning: str) -> int:
