@@ -64,13 +64,18 @@ def _is_class_of_boxes(kind: type) -> bool:
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Names in a row; of many the first few."""
-    names = list(names)
+    names = [name or "the array itself" for name in names]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def is_hole(node: Any) -> bool:
     """Whether this stands in the place of a leaf or a branch that is left out."""
     return node is None or is_masked(node)
+
+
+def filled(tree: Any) -> Any:
+    """The tree with leaves in the place of its holes."""
+    return jax.tree.map(lambda x: 0 if is_hole(x) else x, tree, is_leaf=is_hole)
 
 
 def is_masked(node: Any) -> bool:

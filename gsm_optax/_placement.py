@@ -104,8 +104,9 @@ def along(row: jax.Array, like: jax.Array, axis: int) -> jax.Array:
 
 def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """An array of the shape of a leaf, on an explicit mesh laid out as that is."""
-    sharding = jax.typeof(like).sharding
-    return jax.sharding.reshard(x, sharding) if _is_explicit(sharding.mesh) else x
+    sharding, own = (jax.typeof(y).sharding for y in (like, x))
+    is_apart = _is_explicit(sharding.mesh) and not own.mesh.empty
+    return jax.sharding.reshard(x, sharding) if is_apart else x
 
 
 def is_explicit(x: Any) -> bool:
@@ -176,8 +177,9 @@ def check_whole(leaves: Leaves, *, in_doubt: bool) -> None:
     is_known = _knows_copies(manual)
     if any(varying(x) for x, *_ in leaves) if is_known else not in_doubt:
         raise ValueError(
-            f"inside shard_map or pmap over {manual} every device sees its own part of "
-            "the parameters: call it outside, on all of them."
+            f"inside shard_map or pmap over {manual} every device may see its own part "
+            f"of the parameters{'' if is_known else ', which tracing cannot tell'}: "
+            "call it outside, on all of them."
         )
 
 

@@ -1,9 +1,9 @@
 """Which leaves take part."""
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from gsm_optax._paths import check_arrays, is_masked, leaf_names, leaf_paths, listed
+from gsm_optax._paths import (
+    check_arrays,
+    filled,
+    is_masked,
+    leaf_names,
+    leaf_paths,
+    listed,
+)
 
 # A pytree prefix of bools, or a callable `params -> such a prefix`.
 Prunable = bool | Callable[[Any], Any] | Any
@@ -81,7 +88,7 @@ def kernels(params: Any) -> Any:
         tuple(re.split("[./]", "/".join(map(key_name, path)).lower()))
         for path in leaf_paths(params)
     ]
-    paths = [path[:-1] if path[-1] in _PARTS else path for path in paths]
+    paths = [path[:-1] if path[-1] in _PARTS and path[1:] else path for path in paths]
     shapes = dict(zip(paths, map(jnp.shape, leaves), strict=True))
     flags = [
         is_inexact(leaf) and _is_kernel(path, jnp.shape(leaf), shapes)
@@ -117,15 +124,17 @@ def _words(name: str) -> set[str]:
 
 
 def running_statistics(params: Any) -> Any:
-    """Tree of bools, `True` at a `mean` beside a `var`, as of batch normalisation."""
-    names = leaf_names(params)
+    """Tree of bools, `True` at a vector `mean` beside a `var`: of normalisations."""
+    leaves, treedef = jax.tree.flatten(params)
+    names, pair = leaf_names(params), ("mean", "var")
 
-    def is_one(name: str) -> bool:
-        own = name.rpartition("/")[2]
-        start, pair = name.removesuffix(own), ("mean", "var")
-        return own in pair and all(start + other in names for other in pair)
+    def is_one(name: str, leaf: Any) -> bool:
+        own = re.split("[./]", name)[-1]
+        beside = {name.removesuffix(own) + other for other in pair}
+        is_vector = sum(size > 1 for size in jnp.shape(leaf)) <= 1
+        return own in pair and is_vector and beside <= set(names)
 
-    return jax.tree.unflatten(jax.tree.structure(params), map(is_one, names))
+    return jax.tree.unflatten(treedef, map(is_one, names, leaves))
 
 
 def prunable_tree(prunable: Prunable | None, params: Any) -> Any:
@@ -230,7 +239,7 @@ class ByUnits(NamedTuple):
 
 
 def to_marks(flags: Any, params: Any, *, by_units: bool) -> Any:
-    """Prunable leaves by their names, to be kept in a state: see `from_marks`.
+    """Leaves and what is left out by their names, for a state: see `from_marks`.
 
     By name, because `optax.masked` may take out a branch as a whole, or hand on the
     parameters in other containers. The marks have no leaves: they are a part of the
@@ -238,8 +247,9 @@ def to_marks(flags: Any, params: Any, *, by_units: bool) -> Any:
     """
     if not jax.tree.leaves(params, is_leaf=is_masked):
         return jnp.zeros((), bool)  # a placeholder of optax.tree.map_params
-    mark = ByUnits() if by_units else optax.EmptyState()
-    return dict.fromkeys(compress(leaf_names(params), jax.tree.leaves(flags)), mark)
+    mark, flags = ByUnits() if by_units else optax.EmptyState(), jax.tree.leaves(flags)
+    marks = dict.fromkeys(leaf_names(filled(params)), optax.MaskedNode())
+    return marks | dict.fromkeys(itertools.compress(leaf_names(params), flags), mark)
 
 
 def is_by_units(marks: Mapping[str, Any]) -> bool:
@@ -261,16 +271,32 @@ def from_marks(marks: Mapping[str, Any], params: Any) -> Any:
     """Flags like `params` from what `to_marks` returned for the same names.
 
     Raises:
-        ValueError: if a prunable leaf is not there.
+        ValueError: if a prunable leaf is not there, or a leaf was not there.
     """
-    names = leaf_names(params)
-    if missing := sorted(set(marks) - set(names)):
+    names, chosen = leaf_names(params), _chosen(marks)
+    if missing := sorted(chosen - set(names)):
         raise ValueError(
             f"the optimizer chooses among {listed(missing)}, which is not among these "
             f"parameters: {listed(names)}. Give those that it trains."
         )
-    flags = [name in marks for name in names]
+    if others := [name for name in names if not _is_in(name, marks)]:
+        raise ValueError(
+            f"{listed(others)} is not among the parameters that the optimizer trains, "
+            f"{listed(marks)}: give those."
+        )
+    flags = [name in chosen for name in names]
     return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def _chosen(marks: Mapping[str, Any]) -> set[str]:
+    """Names of the prunable leaves."""
+    return {name for name, mark in marks.items() if not is_masked(mark)}
+
+
+def _is_in(name: str, marks: Mapping[str, Any]) -> bool:
+    """Whether there is a mark of this leaf, or of a branch that it is in."""
+    above = itertools.accumulate(name.split("/"), "{}/{}".format)
+    return name in marks or any(branch in marks for branch in above)
 
 
 def check_marks(
@@ -287,12 +313,13 @@ def check_marks(
             f"this state is of an optimizer that chose {one}, and this one chooses "
             f"{other}. Begin with a new state, tx.init(params), or keep the settings."
         )
-    here = to_marks(flags, params, by_units=by_units)
-    if set(marks) != set(here):
+    before = _chosen(marks)
+    here = _chosen(to_marks(flags, params, by_units=by_units))
+    if before != here:
+        now, then = (listed(sorted(x)) if x else "none" for x in (here, before))
         raise ValueError(
-            f"the prunable leaves are now {listed(here) or 'none'}, and were "
-            f"{listed(marks) or 'none'} at init: the parameters have other shapes or "
-            "names here. "
+            f"the prunable leaves are now {now}, and were {then} at init: the "
+            "parameters have other shapes or names here. "
             + (
                 "Begin with a new state, tx.init(params)."
                 if by_units

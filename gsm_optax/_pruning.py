@@ -75,7 +75,8 @@ def magnitude_mask(
     Raises:
         ValueError: for a ratio outside [0, 1) or one that keeps nothing, or less than
             the floors do (a traced one cannot be checked), if `params` has no leaf or
-            none that is prunable, or if `prunable` or `units` does not match it.
+            none that is prunable, or if `prunable` or `units` does not match it; and
+            inside `shard_map` or `pmap`, unless all devices are known to hold copies.
 
     Example:
         >>> import jax.numpy as jnp
@@ -246,7 +247,8 @@ def prune(
     Raises:
         ValueError: for a ratio outside [0, 1) or one that keeps nothing, or less than
             the floors do (a traced one cannot be checked), if `params` has no leaf or
-            none that is prunable, or if `prunable` or `units` does not match it.
+            none that is prunable, or if `prunable` or `units` does not match it; and
+            inside `shard_map` or `pmap`, unless all devices are known to hold copies.
 
     Example:
         >>> import jax.numpy as jnp

@@ -44,7 +44,7 @@ def warn_of_coarse(dtype: Any, smoothing: float | None) -> None:
     least = float(info.eps) / 2 / (1 - smoothing)
     warnings.warn(
         f"the average of smoothing={smoothing:g} is kept in {info.dtype}: it does not "
-        f"move while the importance is within {least:.0%} of it, and scores below "
+        f"move while the importance is within {least:.1%} of it, and scores below "
         f"{float(info.smallest_subnormal):.0e} are lost. Leave accumulator_dtype out, "
         "or give jnp.float32.",
         stacklevel=2,

@@ -333,6 +333,9 @@ def test_parts_that_are_left_out_as_a_whole_are_not_counted():
         _, state = first_step(tx, params, params)
         pruned = prune(params, 0.5, opt_state=state)
         np.testing.assert_array_equal(pruned[1][0], [[0, 0], [3, 4]])
+        longer = [*params, jnp.ones((2, 2))]
+        with pytest.raises(ValueError, match=r"^3 is not among the parameters"):
+            prune(longer, 0.5, opt_state=state)
         for some in (params, {1: params[1]}):
             values = metrics(some, state)
             assert values["gsm/active_fraction"] == 0.5

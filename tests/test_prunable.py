@@ -139,6 +139,10 @@ TREES = {  # the tree, and all that is prunable of it
         },
         {"kernel/real", "kernel/imaginary"},
     ),
+    "parts alone": (
+        lambda: {"real": jnp.ones((8, 2)), "imaginary": jnp.ones((8, 2))},
+        {"real", "imaginary"},
+    ),
     "weight normalisation": (
         lambda: {"weight_g": jnp.ones((8, 1)), "weight_v": jnp.ones((8, 1))},
         {"weight_v"},

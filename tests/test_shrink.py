@@ -406,26 +406,34 @@ def test_states_of_optimizers_shrink_by_the_same_plan(name):
 
 def test_states_beside_their_parameters_are_refused():
     """A part of them would stay as large as it was."""
-    net = network(jax.nn.relu)
-    fn = lambda variables, x: net(variables["params"], x) + variables["stats"]["mean"]
-    params = {
-        "params": layers(3, 6, 5, 2),
-        "stats": {"mean": np.ones((1, 2), np.float32)},
-    }
+    net, mean = network(jax.nn.relu), {"mean": np.ones((1, 2), np.float32)}
+    fn = lambda tree, x: net(tree["params"]["net"], x) + tree["stats"]["mean"]
+    params = {"params": {"net": layers(3, 6, 5, 2)}, "stats": mean}
     units = find_units(fn, params, sample((4, 3)))
     params, _ = pruned_by_units(units, params)
     small, plan = shrink(params, units)
     adam = optax.adam(0.1)
     state = {"params": params["params"], "state": adam.init(params["params"])}
-    with pytest.raises(ValueError, match=r"state/0/mu/b0 of .* to every tree alone"):
+    with pytest.raises(
+        ValueError, match=r"state/0/mu/net/b0 of .* to every tree alone"
+    ):
         plan.apply(state)
     sizes = lambda tree: jax.tree.map(jnp.shape, tree)
     alone = {name: plan.apply(tree) for name, tree in state.items()}
     left = small["params"]
     assert sizes(alone) == sizes({"params": left, "state": adam.init(left)})
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
-    with pytest.raises(ValueError, match=r"v_row/w0 of shape .* tx\.init\(small\)"):
+    with pytest.raises(ValueError, match=r"v_row/net/w0 of shape .* tx\.init\(small\)"):
         plan.apply(factored.init(params["params"]))
+    # Layers of another network may have the same names and shapes.
+    own, left = params["params"], small["params"]
+    more = own | {"head": own["net"] | {"w0": np.ones((3, 6), np.float32)}}
+    nested = network(jax.nn.relu)
+    found = find_units(lambda tree, x: nested(tree["net"], x), own, sample((4, 3)))
+    _, plan = shrink(own, found)
+    state = plan.apply(adam.init(more))
+    assert sizes(state[0].mu["net"]) == sizes(left["net"])
+    assert sizes(state[0].mu["head"]) == sizes(more["head"])
 
 
 def test_state_that_no_unit_can_be_found_in_is_refused():
@@ -540,7 +548,8 @@ def test_heads_whose_number_is_written_down_can_be_halved():
     units = find_units(grouped, params, x)
     assert not units.families[0].is_traced
     halved = prune(params, 0.5, units=units)
-    small, plan = shrink(halved, units)
+    with pytest.warns(UserWarning, match="build it anew"):
+        small, plan = shrink(halved, units)
     assert small["w0"].shape == (3, 12)
     plan.check(lambda params, x: grouped(params, x, groups=2), halved, small)
 

@@ -414,6 +414,15 @@ def test_running_statistics_are_no_magnitude():
     assert_same(prune(params, 0.5, units=units), params)
 
 
+def test_heads_called_mean_and_var_are_pruned_like_others():
+    fn = lambda p, x: [jax.nn.sigmoid(x @ p["in"]) @ p[k] for k in ("mean", "var")]
+    params = normal({"in": (4, 8), "mean": (8, 2), "var": (8, 2)}, 0)
+    units = find_units(fn, params, jnp.ones((5, 4)))
+    pruned = prune(params, 0.5, units=units)
+    assert jnp.count_nonzero(pruned["mean"].any(1)) == 4
+    assert_same(pruned["mean"] == 0, pruned["var"] == 0)
+
+
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("build", [x for x, _ in ZOO], ids=lambda x: x.__name__)

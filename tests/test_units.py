@@ -265,6 +265,7 @@ def test_sum_and_expand_work_on_any_mesh(kind):
     np.testing.assert_allclose(total, units.sum(TWO)[0], rtol=1e-6)
     mask = jax.jit(units.expand)([total > 0])
     assert mask["v"][:, 0].tolist() == (total > 0).tolist()
+    masked = apply_mask(sharded, jax.device_get(mask))
     masked = apply_mask(sharded, mask)
     np.testing.assert_array_equal(masked["v"], TWO["v"] * np.asarray(mask["v"]))
     assert masked["v"].sharding.is_equivalent_to(sharded["v"].sharding, 2)

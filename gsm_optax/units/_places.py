@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 
-from gsm_optax._paths import is_hole, leaf_names, leaf_paths, listed
+from gsm_optax._paths import filled, leaf_names, leaf_paths, listed
 
 Path = tuple[str, ...]
 Spec = tuple[tuple[int, ...], list[np.ndarray]]  # a shape, and what stays of each axis
@@ -45,9 +45,9 @@ def start_of(part: Any, own: Mapping[str, tuple[int, ...]]) -> str:
         alike = lambda start: [own[start + name] for name in names] == shapes
         fitting = list(filter(alike, fitting)) or fitting
     if len(fitting) > 1:
-        filled = leaf_names(_filled(part))
+        everything = leaf_names(filled(part))
         has = lambda name: any(f"{x}/".startswith(f"{name}/") for x in own)
-        holds = lambda start: all(has(start + name) for name in filled)
+        holds = lambda start: all(has(start + name) for name in everything)
         fitting = list(filter(holds, fitting)) or fitting
     if len(fitting) == 1:
         return fitting[0]
@@ -129,14 +129,16 @@ def _check_other(
         wanted: all parameters by their paths.
         by_name: whether its name alone makes it look so, and not its shape too.
     """
-    tails = {own[1:]: spec for own, spec in wanted.items() if len(own) > 1}
-    param = ending(path, tails)
-    if not param or math.prod(shape) <= 1:
+    if math.prod(shape) <= 1:
         return
-    whole, keep = tails[param]
-    if whole != tuple(map(len, keep)) and (by_name or shape == whole):
+    # Names of three parts and more: else layers of another network look the same.
+    alike = (own for own in wanted if own[2:] and path[1 - len(own) :] == own[1:])
+    for own in alike:
+        whole, keep = wanted[own]
+        if whole == tuple(map(len, keep)) or not (by_name or shape == whole):
+            continue
         raise ValueError(
-            f"{name} of shape {list(shape)} may stand for {''.join(param)} of "
+            f"{name} of shape {list(shape)} may stand for {''.join(own)} of "
             f"{list(whole)}: apply the plan to every tree alone, as in "
             "plan.apply(checkpoint['opt_state']). If it is of an optimizer that keeps "
             "arrays of other shapes, begin with a new state, tx.init(small)."
@@ -221,7 +223,7 @@ def check_places(
     for keys, own in places:
         if own:
             fields.setdefault(keys[: len(keys) - len(own)], set()).add(own)
-    everything = list(map(strings, leaf_paths(_filled(tree))))
+    everything = list(map(strings, leaf_paths(filled(tree))))
     for field, held in fields.items():
         if held != set(wanted):
             at = strings(field)
@@ -268,8 +270,3 @@ def _has_field(path: tuple[Any, ...]) -> bool:
 
 def _name(path: tuple[Any, ...]) -> str:
     return f"state{jax.tree_util.keystr(path)}"
-
-
-def _filled(tree: Any) -> Any:
-    """The tree with leaves in the place of its holes."""
-    return jax.tree.map(lambda x: 0 if is_hole(x) else x, tree, is_leaf=is_hole)

@@ -1,6 +1,7 @@
 """What to remove: a plan that is applied to trees, and checked."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -233,16 +234,27 @@ def check_plan(plan: Plan, params: Any, folded: Any) -> Any:
             f"without units of {families} the network gives other outputs: "
             f"{difference} That must not be; please report it with the network."
         )
-    if all(changed.family.is_traced for changed in plan._changed):
-        try:
-            jax.eval_shape(units.fn, small, *inputs)
-        except Exception as error:
-            raise ValueError(
-                f"fn does not take the smaller parameters: {error} To squeeze, say, an "
-                "axis of one index is another thing: round_to= keeps more units."
-            ) from error
+    keeps_sizes = not all(changed.family.is_traced for changed in plan._changed)
+    try:
+        jax.eval_shape(units.fn, small, *inputs)
+    except Exception as error:
+        if keeps_sizes:  # as linen's modules do
+            return small
+        raise ValueError(
+            f"fn does not take the smaller parameters: {error} To squeeze, say, an "
+            "axis of one index is another thing: round_to= keeps more units."
+        ) from error
+    try:
         plan.check(units.fn, params, small)
-    return small  # else fn keeps its sizes, as linen's modules do
+    except ValueError as error:
+        if not keeps_sizes:
+            raise
+        warnings.warn(
+            f"fn takes the smaller parameters, but {error} It may have sizes of its "
+            "own: build it anew, and compare with plan.check(new_fn, params, small).",
+            stacklevel=3,
+        )
+    return small
 
 
 def _zeroed(plan: Plan, folded: Any) -> Any:

@@ -53,6 +53,9 @@ def shrink(params: Any, units: Units, *, round_to: int = 1) -> tuple[Any, Plan]:
         ValueError: if `units` are those of another tree, the parameters are shapes,
             traced or on an explicit mesh, or the outputs differ by more than rounding.
 
+    Warns:
+        UserWarning: if only those of `fn` with sizes of its own do, at the new size.
+
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
