@@ -1,6 +1,6 @@
 """What freezing the front of a ResNet costs: the four schemes on ResNet-20.
 
-    python -m examples.freezing_resnet             # three seeds; half an hour on one core
+    python -m examples.freezing_resnet             # three seeds; half an hour
     python -m examples.freezing_resnet --seeds 1 --ratios 0.9
     python -m examples.freezing_resnet --data fashion_mnist --ratios 0.9
 
