@@ -247,17 +247,27 @@ def to_marks(flags: Any, params: Any, *, by_units: bool) -> Any:
     """
     if not jax.tree.leaves(params, is_leaf=is_masked):
         return jnp.zeros((), bool)  # a placeholder of optax.tree.map_params
-    mark, flags = ByUnits() if by_units else optax.EmptyState(), jax.tree.leaves(flags)
+    mark = ByUnits() if by_units else optax.EmptyState()
     marks = dict.fromkeys(leaf_names(filled(params)), optax.MaskedNode())
-    return marks | dict.fromkeys(itertools.compress(leaf_names(params), flags), mark)
+    return marks | dict.fromkeys(_flagged(flags, params), mark)
 
 
-def is_by_units(marks: Mapping[str, Any]) -> bool:
+def _flagged(flags: Any, params: Any) -> set[str]:
+    """Names of the prunable leaves."""
+    return set(itertools.compress(leaf_names(params), jax.tree.leaves(flags)))
+
+
+def _by_name(marks: Any) -> Mapping[str, Any]:
+    """Marks by their names; none where `to_marks` saw a tree without leaves."""
+    return marks if isinstance(marks, Mapping) else {}
+
+
+def is_by_units(marks: Any) -> bool:
     """Whether the choice was by whole units."""
-    return any(isinstance(mark, ByUnits) for mark in marks.values())
+    return any(isinstance(mark, ByUnits) for mark in _by_name(marks).values())
 
 
-def entry_marks(marks: Mapping[str, Any]) -> Mapping[str, Any]:
+def entry_marks(marks: Any) -> Any:
     """Marks, as they are; `ValueError` if the choice was by whole units."""
     if is_by_units(marks):
         raise ValueError(
@@ -267,13 +277,13 @@ def entry_marks(marks: Mapping[str, Any]) -> Mapping[str, Any]:
     return marks
 
 
-def from_marks(marks: Mapping[str, Any], params: Any) -> Any:
+def from_marks(marks: Any, params: Any) -> Any:
     """Flags like `params` from what `to_marks` returned for the same names.
 
     Raises:
         ValueError: if a prunable leaf is not there, or a leaf was not there.
     """
-    names, chosen = leaf_names(params), _chosen(marks)
+    names, marks, chosen = leaf_names(params), _by_name(marks), _chosen(marks)
     if missing := sorted(chosen - set(names)):
         raise ValueError(
             f"the optimizer chooses among {listed(missing)}, which is not among these "
@@ -288,9 +298,9 @@ def from_marks(marks: Mapping[str, Any], params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), flags)
 
 
-def _chosen(marks: Mapping[str, Any]) -> set[str]:
-    """Names of the prunable leaves."""
-    return {name for name, mark in marks.items() if not is_masked(mark)}
+def _chosen(marks: Any) -> set[str]:
+    """Names of the leaves that were prunable."""
+    return {name for name, mark in _by_name(marks).items() if not is_masked(mark)}
 
 
 def _is_in(name: str, marks: Mapping[str, Any]) -> bool:
@@ -299,22 +309,19 @@ def _is_in(name: str, marks: Mapping[str, Any]) -> bool:
     return name in marks or any(branch in marks for branch in above)
 
 
-def check_marks(
-    marks: Mapping[str, Any], flags: Any, params: Any, *, by_units: bool
-) -> None:
+def check_marks(marks: Any, flags: Any, params: Any, *, by_units: bool) -> None:
     """Raise `ValueError` if the prunable leaves are others than at `init`.
 
     The rule of `kernels` goes by shape too, and inside `shard_map` a device may hold
     one row of a leaf.
     """
-    if is_by_units(marks) != by_units:
+    before, here = _chosen(marks), _flagged(flags, params)
+    if before and is_by_units(marks) != by_units:
         one, other = ("entries", "whole units")[:: 1 if by_units else -1]
         raise ValueError(
             f"this state is of an optimizer that chose {one}, and this one chooses "
             f"{other}. Begin with a new state, tx.init(params), or keep the settings."
         )
-    before = _chosen(marks)
-    here = _chosen(to_marks(flags, params, by_units=by_units))
     if before != here:
         now, then = (listed(sorted(x)) if x else "none" for x in (here, before))
         raise ValueError(

@@ -166,6 +166,10 @@ def test_one_entry_and_no_entry():
     none = jnp.ones((0, 3))
     updates, state = first_step(mask_by_importance(0.5, prunable=True), none, none)
     assert (updates.shape, int(state.num_active)) == ((0, 3), 0)
+    for nothing in ({}, {"a": None}, {"a": optax.MaskedNode()}):
+        for tx in (gsm(0.5), gsm(0.5, smoothing=0.9)):
+            updates, _ = first_step(tx, nothing, nothing)
+            assert updates == nothing
 
 
 def test_schedule_of_the_ratio_follows_its_own_steps():
