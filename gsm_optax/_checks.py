@@ -158,6 +158,15 @@ def check_smoothing(smoothing: Any) -> None:
         )
 
 
+def check_accumulator(dtype: Any) -> None:
+    """Raise `ValueError` unless averages can be kept in a dtype; None is the usual."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"accumulator_dtype={jnp.dtype(dtype).name} is no floating-point dtype: "
+            "momentum and averages have fractions. Leave it out, or give jnp.float32."
+        )
+
+
 def check_decay(name: str, decay: Any, least: float = 0) -> None:
     """Raise `ValueError` unless `decay` is a scalar of `least` or more, or a schedule.
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from gsm_optax._checks import (
+    check_accumulator,
     check_decay,
     check_floors,
     check_kept,
@@ -31,6 +32,7 @@ from gsm_optax._importance import (
     needs_nonzero,
     taylor_importance,
 )
+from gsm_optax._paths import unboxed
 from gsm_optax._placement import AxisName, check_axis_name
 from gsm_optax._prunable import (
     Prunable,
@@ -44,7 +46,7 @@ from gsm_optax._prunable import (
     to_marks,
     warn_of_zeros,
 )
-from gsm_optax._smoothing import check_accumulator, nothing_averaged, warn_of_coarse
+from gsm_optax._smoothing import nothing_averaged, warn_of_coarse
 from gsm_optax._trainable import flags_of
 from gsm_optax._words import count_dtype, num_kept, to_count
 
@@ -412,8 +414,7 @@ def find_state(opt_state: Any) -> MaskByImportanceState:
             )
         )
     (state,) = found
-    (num_active,) = jax.tree.leaves(state.num_active)  # flax nnx puts it in a box
-    if shape := jnp.shape(num_active):
+    if shape := jnp.shape(unboxed(state.num_active)):
         raise ValueError(
             f"this state holds the choices of several networks, in axes {list(shape)}. "
             "Of an ensemble ask for each: jax.vmap(metrics)(params, state), or "

@@ -10,6 +10,7 @@ from jax import lax
 
 from gsm_optax._importance import magnitude
 from gsm_optax._masking import find_state
+from gsm_optax._paths import unboxed
 from gsm_optax._placement import Leaves, check_whole
 from gsm_optax._prunable import from_marks
 from gsm_optax._reductions import count
@@ -87,12 +88,13 @@ def metrics(
     """
     state = find_state(opt_state)
     flags = from_marks(state.prunable, params)
-    chosen = list(compress(jax.tree.leaves(params), jax.tree.leaves(flags)))
-    check_whole([(x,) for x in chosen], in_doubt=True)
-    num_active, num_kept = _array(state.num_active), _array(state.num_kept)
-    active, density, near_zero = _fractions([(x,) for x in chosen], num_active)
+    chosen = compress(jax.tree.leaves(params), jax.tree.leaves(flags))
+    leaves = [(x,) for x in chosen]
+    check_whole(leaves, in_doubt=True)
+    num_active, num_kept = unboxed(state.num_active), unboxed(state.num_kept)
+    active, density, near_zero = _fractions(leaves, num_active)
     values = {
-        "gsm/threshold": _array(state.threshold),
+        "gsm/threshold": unboxed(state.threshold),
         "gsm/num_active": num_active,
         "gsm/shortfall": jnp.maximum(num_kept - num_active, 0),
         "gsm/active_fraction": active,
@@ -100,7 +102,7 @@ def metrics(
         "gsm/near_zero": near_zero,
     }
     if state.churn is not None:
-        values["gsm/churn"] = _array(state.churn)
+        values["gsm/churn"] = unboxed(state.churn)
     if decay_left is not None:
         values["gsm/decay_budget_left"] = jnp.asarray(decay_left, jnp.float32)
     return values
@@ -117,9 +119,3 @@ def _fractions(leaves: Leaves, num_active: jax.Array) -> list[jax.Array]:
     # A constant divisor would become a factor, and 100 % become 99.99999.
     divisor = lax.optimization_barrier(jnp.float32(total))
     return [x / divisor for x in counts]
-
-
-def _array(scalar: Any) -> jax.Array:
-    """Unbox a scalar: flax nnx keeps those of the optimizer state as variables."""
-    (array,) = jax.tree.leaves(scalar)
-    return array

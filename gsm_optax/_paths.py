@@ -62,6 +62,12 @@ def _is_class_of_boxes(kind: type) -> bool:
     )
 
 
+def unboxed(scalar: Any) -> Any:
+    """The array itself: flax nnx keeps those of the optimizer state as variables."""
+    (array,) = jax.tree.leaves(scalar)
+    return array
+
+
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Names in a row; of many the first few."""
     names = [name or "the array itself" for name in names]

@@ -131,8 +131,7 @@ def check_axis_name(leaves: Leaves, axis_name: AxisName) -> None:
     names = _names(axis_name)
     for name in names:
         lax.axis_size(name)
-    kinds = _axis_kinds(leaves)
-    manual = tuple(name for name, kind in kinds.items() if kind == AxisType.Manual)
+    manual = _manual_axes(leaves)
     if not manual:
         return
     if not _knows_copies(manual):
@@ -170,8 +169,7 @@ def check_whole(leaves: Leaves, *, in_doubt: bool) -> None:
     """
     if not any(isinstance(x, Tracer) for x, *_ in leaves):
         return
-    kinds = _axis_kinds(leaves)
-    manual = tuple(name for name, kind in kinds.items() if kind == AxisType.Manual)
+    manual = _manual_axes(leaves)
     if not manual:
         return
     is_known = _knows_copies(manual)
@@ -250,6 +248,12 @@ def _knows_copies(names: Sequence[str]) -> bool:
     is known to differ.
     """
     return all(varying(lax.axis_index(name)) for name in names)
+
+
+def _manual_axes(leaves: Leaves) -> tuple[str, ...]:
+    """The axes of `shard_map` or `pmap` that this is inside of."""
+    kinds = _axis_kinds(leaves).items()
+    return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
 
 def _axis_kinds(leaves: Leaves) -> dict[str, AxisType]:

@@ -127,12 +127,13 @@ def running_statistics(params: Any) -> Any:
     """Tree of bools, `True` at a vector `mean` beside a `var`: of normalisations."""
     leaves, treedef = jax.tree.flatten(params)
     names, pair = leaf_names(params), ("mean", "var")
+    known = set(names)
 
     def is_one(name: str, leaf: Any) -> bool:
         own = re.split("[./]", name)[-1]
         beside = {name.removesuffix(own) + other for other in pair}
         is_vector = sum(size > 1 for size in jnp.shape(leaf)) <= 1
-        return own in pair and is_vector and beside <= set(names)
+        return own in pair and is_vector and beside <= known
 
     return jax.tree.unflatten(treedef, map(is_one, names, leaves))
 

@@ -27,15 +27,6 @@ def nothing_averaged(
     return prunable_zeros(flags, params, dtype), counts
 
 
-def check_accumulator(dtype: Any) -> None:
-    """Raise `ValueError` unless averages can be kept in a dtype; None is the usual."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"accumulator_dtype={jnp.dtype(dtype).name} is no floating-point dtype: "
-            "momentum and averages have fractions. Leave it out, or give jnp.float32."
-        )
-
-
 def warn_of_coarse(dtype: Any, smoothing: float | None) -> None:
     """Warn if an average stands still where a step changes it by too little."""
     info = jnp.finfo(dtype)

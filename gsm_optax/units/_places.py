@@ -102,47 +102,46 @@ def stands_for(
         if param or (param == () and jnp.shape(leaf) == part[()][0]):
             found[i] = part[param]
     is_none = all(param is None for param in params)
-    for name, path, leaf, own in zip(
-        leaf_names(tree), paths, leaves, found, strict=True
-    ):
-        if own is None:
-            _check_other(name, path, jnp.shape(leaf), wanted, is_none)
+    for i, (path, leaf, own) in enumerate(zip(paths, leaves, found, strict=True)):
+        shape = jnp.shape(leaf)
+        if own is None and (param := _looks_like(path, shape, wanted, is_none)):
+            raise ValueError(
+                f"{leaf_names(tree)[i]} of shape {list(shape)} may stand for "
+                f"{''.join(param)} of {list(wanted[param][0])}: apply the plan to "
+                "every tree alone, as in plan.apply(checkpoint['opt_state']). If it is "
+                "of an optimizer that keeps arrays of other shapes, begin with a new "
+                "state, tx.init(small)."
+            )
     return found
 
 
-def _check_other(
-    name: str,
-    path: Path,
-    shape: tuple[int, ...],
-    wanted: Mapping[Path, Spec],
-    by_name: bool,
-) -> None:
-    """Raise `ValueError` if a leaf that stands for no parameter looks like one.
+def _looks_like(
+    path: Path, shape: tuple[int, ...], wanted: Mapping[Path, Spec], by_name: bool
+) -> Path | None:
+    """A parameter that would shrink, and that a leaf looks like which stands for none.
 
     As those of an optimizer's state do that lies beside the parameters, whose paths
     begin with the name of a collection.
 
     Args:
-        name: of the leaf,
-        path: its path,
+        path: of the leaf,
         shape: and its shape.
         wanted: all parameters by their paths.
         by_name: whether its name alone makes it look so, and not its shape too.
     """
     if math.prod(shape) <= 1:
-        return
+        return None
+    shrinks = lambda whole, keep: whole != tuple(map(len, keep))
     # Names of three parts and more: else layers of another network look the same.
     alike = (own for own in wanted if own[2:] and path[1 - len(own) :] == own[1:])
-    for own in alike:
-        whole, keep = wanted[own]
-        if whole == tuple(map(len, keep)) or not (by_name or shape == whole):
-            continue
-        raise ValueError(
-            f"{name} of shape {list(shape)} may stand for {''.join(own)} of "
-            f"{list(whole)}: apply the plan to every tree alone, as in "
-            "plan.apply(checkpoint['opt_state']). If it is of an optimizer that keeps "
-            "arrays of other shapes, begin with a new state, tx.init(small)."
-        )
+    return next(
+        (
+            own
+            for own in alike
+            if shrinks(*wanted[own]) and (by_name or shape == wanted[own][0])
+        ),
+        None,
+    )
 
 
 def ending(path: Path, wanted: Collection[Path]) -> Path | None:

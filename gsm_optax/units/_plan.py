@@ -197,12 +197,12 @@ def check_cuttable(tree: Any) -> None:
 
     There no axis is split over devices whose number does not divide its size.
     """
-    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
         if is_explicit(leaf):
             raise ValueError(
-                f"{name} is on a mesh with Explicit axes, where sizes have to fit the "
-                "devices: give jax.device_get(...) of it, and place anew what comes "
-                "back."
+                f"{leaf_names(tree)[i]} is on a mesh with Explicit axes, where sizes "
+                "have to fit the devices: give jax.device_get(...) of it, and place "
+                "anew what comes back."
             )
 
 
